@@ -1,0 +1,31 @@
+"""What every test starts from: one thread, so that tests side by side do not fight for cores; fixed seeds; no hub."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the processes that tests start
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("pentode", deadline=None, derandomize="CI" in os.environ)  # CI: the same examples every time
+settings.load_profile("pentode")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """A test that draws from torch's generator draws the same numbers alone and among others."""
+    torch.manual_seed(0)
