@@ -1,0 +1,167 @@
+"""The collectives: a few differentiable ones, which are the whole vocabulary of the layers, and a few plain ones.
+
+Written as autograd Functions over the functional collectives with an explicit wait, the form that torch.compile traces
+in one graph and that selective checkpointing does not break (in-place calls give silently wrong gradients there).
+An axis of size 1 makes each of them the identity.
+"""
+# An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pentode.dist.mesh import Axis
+
+Item = TypeVar("Item")
+_ops = torch.ops._c10d_functional
+
+
+def replicate(x: Tensor, axis: Axis) -> Tensor:
+    """Use a tensor that all ranks of the axis hold alike in work that differs between them.
+
+    forward   nothing
+    backward  all-reduce (sum) of x's gradient
+    """
+    return x if axis.size == 1 else _Replicate.apply(x, _name(axis))
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum the ranks' partial results; all of them get the sum.
+
+    forward   all-reduce (sum) of x
+    backward  nothing: the sum is used alike by all ranks, so its gradient is already complete
+    """
+    return x if axis.size == 1 else _AllReduce.apply(x, _name(axis))
+
+
+def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """Join the ranks' shards along dim.
+
+    forward   all-gather of x along dim
+    backward  reduce-scatter (sum) of the result's gradient along dim
+    """
+    return x if axis.size == 1 else _AllGather.apply(x, _name(axis), axis.size, dim)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """Sum the ranks' partial results; each rank keeps its shard along dim, whose size the axis must divide.
+
+    forward   reduce-scatter (sum) of x along dim
+    backward  all-gather of the shard's gradient along dim
+    """
+    if axis.size == 1:
+        return x
+    if x.shape[dim] % axis.size:
+        raise ValueError(f"reduce_scatter: {axis.name}={axis.size} does not divide dim {dim} of {list(x.shape)}")
+    return _ReduceScatter.apply(x, _name(axis), axis.size, dim)
+
+
+def all_max(x: Tensor, axis: Axis) -> Tensor:
+    """The elementwise maximum over the ranks, without a gradient.
+
+    forward   all-reduce (max) of x
+    backward  none: the result is a constant
+    """
+    return x.detach() if axis.size == 1 else _reduce(x.detach(), _name(axis), "max")
+
+
+def sum_(x: Tensor, axis: Axis) -> Tensor:
+    """Sum x over the ranks in place. For counts and gradients, outside autograd (forward only, no backward)."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def start_sum_(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Begin `sum_` and return at once; x holds the sum after `.wait()`. None where there is nothing to wait for."""
+    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
+
+
+def max_(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum of x over the ranks, in place, outside autograd (forward only, no backward)."""
+    if axis.size > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=axis.group)
+    return x
+
+
+def gather_objects(item: Item, axis: Axis) -> list[Item]:
+    """Every rank's item, in rank order, on every rank. The items are pickled: only between ranks of one run."""
+    if axis.size == 1:
+        return [item]
+    items: list[Item] = [item] * axis.size
+    dist.all_gather_object(items, item, group=axis.group)
+    return items
+
+
+class _Replicate(torch.autograd.Function):
+    """forward: nothing; backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grad, ctx.group, "sum"), None
+
+
+class _AllReduce(torch.autograd.Function):
+    """forward: all-reduce; backward: nothing."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: str) -> Tensor:
+        return _reduce(x, group, "sum")
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AllGather(torch.autograd.Function):
+    """forward: all-gather; backward: reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: str, size: int, dim: int) -> Tensor:
+        ctx.group, ctx.size, ctx.dim = group, size, dim
+        return _join(x, group, size, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_and_split(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """forward: reduce-scatter; backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: str, size: int, dim: int) -> Tensor:
+        ctx.group, ctx.size, ctx.dim = group, size, dim
+        return _sum_and_split(x, group, size, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _join(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+
+
+def _name(axis: Axis) -> str:
+    assert axis.group is not None, f"axis {axis.name} has size {axis.size} and no group"
+    return axis.group.group_name
+
+
+def _reduce(x: Tensor, group: str, operation: str) -> Tensor:
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), operation, group))
+
+
+def _join(x: Tensor, group: str, size: int, dim: int) -> Tensor:
+    rows = x.movedim(dim, 0).contiguous()
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, size, group)).movedim(0, dim)
+
+
+def _sum_and_split(x: Tensor, group: str, size: int, dim: int) -> Tensor:
+    rows = x.movedim(dim, 0).contiguous()
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", size, group)).movedim(0, dim)

@@ -1,0 +1,51 @@
+"""Causal attention on one device, by torch's fused kernels, and in plain form where its probabilities are needed.
+
+B sequences, S queries and N keys in each (N > S while generating: the last S of N places ask), H query heads,
+K key/value heads that serve H / K neighbouring query heads each, E head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pentode.ops.dropout import apply_mask, keep_mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, where a query sees the keys up to its own place.
+
+    q [B, S, H, E], k and v [B, N, K, E] -> [B, S, H, E]
+    """
+    S, N = q.shape[1], k.shape[1]
+    mask = None if S in (1, N) else _visible(S, N, q.device)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == N, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def attention_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, *, p: float, keys: Tensor, site: Tensor, head_start: int = 0
+) -> Tensor:
+    """`attention` in plain form, with dropout on its probabilities.
+
+    keys        [B * S] int64, one a token, as `dropout` takes them
+    site        which dropout of the model this is
+    head_start  the global number of the first query head, where heads are cut
+    """
+    B, S, H, E = q.shape
+    N = k.shape[1]
+    repeat = H // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * E**-0.5  # [B, H, S, N]
+    scores = scores.masked_fill(~_visible(S, N, q.device), -torch.inf)
+    probabilities = scores.softmax(dim=-1, dtype=wide)
+    keep = keep_mask(p, keys=keys, site=site, features=range(head_start * N, (head_start + H) * N))
+    probabilities = apply_mask(probabilities, keep.view(B, S, H, N).transpose(1, 2), p)
+    return (probabilities.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def _visible(queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where the query may see the key; the queries are the last places.  # [S, N] bool"""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

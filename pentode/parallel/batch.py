@@ -1,0 +1,52 @@
+"""One micro-batch as one rank sees it: flat tokens, their labels, and where each stands.
+
+T = B * S tokens, sample-major: the B sequences of S tokens one after another (design 1.6).
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a token whose successor is not to be learned
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens and labels of one micro-batch.
+
+    tokens     [T] int64, ids below the vocabulary size
+    labels     [T] int64, the token to predict at each place, or IGNORE
+    positions  [T] int64, place within the sequence, counting from 0
+    samples    [B] int64, each sequence's number in the run, counting all ranks and stages; dropout is keyed by it
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    samples: Tensor
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in each sequence, S."""
+        return self.tokens.numel() // self.samples.numel()
+
+    def valid(self) -> Tensor:
+        """How many tokens count in the loss, 0-d int64."""
+        return (self.labels != IGNORE).sum()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device, copied without waiting where the memory is pinned."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def batch_of(rows: Tensor, *, samples: Tensor, mask: Tensor | None = None) -> Batch:
+    """A Batch of whole sequences: rows [B, S + 1] give tokens rows[:, :-1] and labels rows[:, 1:].
+
+    `mask` [B, S] is False where a label is not to be learned.
+    """
+    tokens, labels = rows[:, :-1], rows[:, 1:]
+    if mask is not None:
+        labels = labels.masked_fill(~mask, IGNORE)
+    positions = torch.arange(tokens.shape[1], device=rows.device).expand(tokens.shape)
+    return Batch(tokens.flatten(), labels.flatten(), positions.flatten(), samples)

@@ -1,0 +1,148 @@
+"""Layers cut over the tensor-parallel axis, after Megatron-LM (arXiv:1909.08053, and arXiv:2205.05198 for sequences).
+
+T tokens of the micro-batch. Under sequence parallelism the activations between these layers are cut along T, [T/tp, D],
+and each layer joins or cuts them itself; the docstrings give the plain form first, that form after a bar.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pentode.dist import collectives
+from pentode.dist.mesh import Axis
+from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's weights live: cut over which axis, on which device, in which dtype."""
+
+    tp: Axis
+    device: torch.device
+    dtype: torch.dtype
+    sequence_parallel: bool = False
+
+    def parameter(self, *shape: int, cut: Cut | None = None, init: Init = "normal") -> nn.Parameter:
+        """A parameter of this global shape, cut over tp and used on all tokens: its gradient is complete."""
+        return parameter(ParamSpec(shape, cut, init=init), device=self.device, dtype=self.dtype)
+
+    def replicated(self, *shape: int, init: Init = "normal") -> nn.Parameter:
+        """A parameter that every rank of tp holds whole and uses between the cut layers.
+
+        There, under sequence parallelism, each rank sees 1/tp of the tokens: its gradient is a partial sum over tp.
+        """
+        spec = ParamSpec(shape, sum_over=self.tp if self.sequence_parallel else None, init=init)
+        return parameter(spec, device=self.device, dtype=self.dtype)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens [T, D], from activations between cut layers, for a layer whose outputs are cut.
+
+        forward   nothing                   | all-gather of x along T
+        backward  all-reduce of x's grad    | reduce-scatter of x's grad along T
+        """
+        return collectives.all_gather(x, self.tp) if self.sequence_parallel else collectives.replicate(x, self.tp)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Activations between cut layers, from the ranks' partial sums [T, D].
+
+        forward   all-reduce of y           | reduce-scatter of y along T
+        backward  nothing                   | all-gather of y's grad along T
+        """
+        return collectives.reduce_scatter(y, self.tp) if self.sequence_parallel else collectives.all_reduce(y, self.tp)
+
+    def local_tokens(self, x: Tensor) -> Tensor:
+        """The rows of x [T, ...] whose tokens this rank holds between cut layers: all | its [T/tp, ...]."""
+        return x.chunk(self.tp.size)[self.tp.rank] if self.sequence_parallel else x
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T + b, with W's rows (output features) cut over tp, each piece of them by itself.
+
+        x       [T, d_in], or [T/tp, d_in] under sequence parallelism
+        y       [T, d_out/tp], the local parts of the pieces one after another
+        weight  [d_out/tp, d_in] of [d_out, d_in]; bias [d_out/tp] of [d_out]
+
+        group     tp
+        forward   nothing                  | all-gather of x along T
+        backward  all-reduce of x's grad   | reduce-scatter of x's grad along T
+        gradient  of x: complete; of weight and bias: complete for the part held here
+    Keeps all of x for backward.
+    """
+
+    def __init__(self, d_in: int, pieces: tuple[int, ...], *, place: Place, bias: bool = False) -> None:
+        super().__init__()
+        self.place = place
+        self.local_pieces = tuple(piece // place.tp.size for piece in pieces)
+        cut, d_out = Cut(0, place.tp, pieces), sum(pieces)
+        self.weight = place.parameter(d_out, d_in, cut=cut)
+        self.bias = place.parameter(d_out, cut=cut, init="zeros") if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.place.enter(x), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """y = x W^T + b, with W's columns (input features) cut over tp.
+
+        x       [T, d_in/tp]
+        y       [T, d_out], or [T/tp, d_out] under sequence parallelism
+        weight  [d_out, d_in/tp] of [d_out, d_in]; bias [d_out], whole
+
+        group     tp
+        forward   all-reduce of y          | reduce-scatter of y along T
+        backward  nothing                  | all-gather of y's grad along T
+        gradient  of x: complete; of weight: complete for the part held here;
+                  of bias: complete        | partial over tp, summed by the step (sum_over=tp)
+    Keeps x for backward.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, place: Place, bias: bool = False) -> None:
+        super().__init__()
+        self.place = place
+        self.weight = place.parameter(d_out, d_in, cut=Cut(1, place.tp, (d_in,)), init="residual")
+        self.bias = place.replicated(d_out, init="zeros") if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)  # one kernel, instead of a second pass for the bias
+        y = self.place.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+class VocabTable(nn.Module):
+    """A table of one row a vocabulary entry, cut over tp: [padded/tp, d] of [vocab_size, d].
+
+    The rows are padded at their end, to a multiple of tp and of what suits the hardware; padding is zero, counts
+    nowhere and is never saved. An output layer is just such a table: `vocab_loss` and `vocab_logits` multiply by it.
+    """
+
+    def __init__(self, vocab_size: int, d: int, *, padded: int, place: Place) -> None:
+        super().__init__()
+        if padded < vocab_size:
+            raise ValueError(f"VocabTable: padded to {padded} rows, fewer than the vocabulary's {vocab_size}")
+        self.place = place
+        self.weight = place.parameter(vocab_size, d, cut=Cut(0, place.tp, (padded,)))
+
+
+class VocabEmbedding(VocabTable):
+    """The rows of the table that the tokens name, with the vocabulary cut over tp.
+
+    tokens  [T] int64
+    y       [T, d], or [T/tp, d] under sequence parallelism
+    weight  [padded/tp, d] of [vocab_size, d]
+
+    group     tp
+    forward   all-reduce of y          | reduce-scatter of y along T
+    backward  nothing                  | all-gather of y's grad along T
+    gradient  of weight: complete for the rows held here
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.place.tp.size == 1:
+            return F.embedding(tokens, self.weight)  # no token is elsewhere, so none need be masked
+        rows = tokens - self.place.tp.rank * self.weight.shape[0]
+        here = (rows >= 0) & (rows < self.weight.shape[0])
+        y = F.embedding(rows.where(here, 0), self.weight) * here[:, None]
+        return self.place.leave(y)

@@ -1,0 +1,86 @@
+"""The sliced linear and cross-entropy: torch's own numbers, whatever the slices, dtype and padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pentode.dist.mesh import Axis
+from pentode.parallel import loss as loss_module
+from pentode.parallel.batch import IGNORE
+from pentode.parallel.loss import Vocab, vocab_logits, vocab_loss
+
+T, D, V = 50, 12, 23
+ONE = Vocab(V, Axis("tp"))
+
+
+def inputs(dtype: torch.dtype = torch.float64, *, rows: int = V) -> tuple[Tensor, Tensor, Tensor]:
+    x = (3 * torch.randn(T, D)).to(dtype).requires_grad_()
+    weight = torch.randn(rows, D).to(dtype)
+    weight[V:] = 0
+    labels = torch.randint(V, (T,))
+    labels[::4] = IGNORE
+    return x, weight.requires_grad_(), labels
+
+
+def reference(x: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Tensor:
+    logits = x @ weight[:V].T
+    z = (logits.logsumexp(-1).square() * (labels != IGNORE)).sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") + z_loss * z
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 8 * V * 7, 1 << 30], ids=["a token each", "7 tokens", "one slice"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [V, 32])
+def test_loss_and_gradients_are_cross_entropy_s(
+    monkeypatch: pytest.MonkeyPatch, slice_bytes: int, z_loss: float, rows: int
+) -> None:
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", slice_bytes)
+    x, weight, labels = inputs(rows=rows)
+    want = reference(x, weight, labels, z_loss=z_loss)
+    want_grads = torch.autograd.grad(want / 7, (x, weight))
+    got = vocab_loss(x, weight, labels, vocab=ONE, z_loss=z_loss)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got / 7, (x, weight)), want_grads)
+    with torch.no_grad():
+        torch.testing.assert_close(vocab_loss(x, weight, labels, vocab=ONE, z_loss=z_loss), want)
+
+
+def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", 1000)
+    for tokens, each in ((1, 8), (50, 184), (1000, 10), (7, 5000)):
+        slices = loss_module._slices(tokens, each)
+        assert [i for part in slices for i in range(tokens)[part]] == list(range(tokens))
+        longest = max(part.stop - part.start for part in slices)
+        assert longest * each <= max(1000, each)
+
+
+def test_large_logits_overflow_nothing() -> None:
+    x, weight, labels = inputs(torch.float32)
+    got = vocab_loss(x * 1000, weight * 10, labels, vocab=ONE)
+    torch.testing.assert_close(got, reference(x * 1000, weight * 10, labels))
+    assert torch.isfinite(got)
+
+
+def test_no_valid_label_gives_zero_loss_and_gradients() -> None:
+    x, weight, labels = inputs()
+    loss = vocab_loss(x, weight, torch.full_like(labels, IGNORE), vocab=ONE)
+    loss.backward()
+    assert (loss.item(), x.grad.abs().max().item(), weight.grad.abs().max().item()) == (0, 0, 0)
+
+
+def test_bfloat16_logits_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, labels = inputs(torch.bfloat16)
+    got = vocab_loss(x, weight, labels, vocab=ONE)
+    assert got.dtype == torch.float32
+    logits = (x @ weight.T).float()
+    want = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(got, want)
+    want_grads = torch.autograd.grad(want / 30, (x, weight))
+    # The gradient of the logits is rounded to bfloat16 (8 bits), then summed over up to 50 tokens.
+    torch.testing.assert_close(torch.autograd.grad(got / 30, (x, weight)), want_grads, atol=0.02, rtol=0.02)
+
+
+def test_logits_leave_out_the_padding() -> None:
+    x, weight, _ = inputs(rows=32)
+    assert torch.equal(vocab_logits(x, weight, vocab=ONE), (x @ weight.T)[:, :V])
