@@ -1,0 +1,65 @@
+"""torch's fused AdamW over a list of tensors: the only caller of that private operator."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    *,
+    updates: Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divide_by: Tensor | None,
+    skip: Tensor,
+) -> None:
+    """One update in place, of gradients / divide_by, in one kernel; nothing is written where `skip` is 1.
+
+    updates, divide_by, skip  float32, 0-d, on the device; `updates` counts this one already
+    The gradients are scaled in place.
+    """
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        moments[0],
+        moments[1],
+        [],
+        [updates] * len(weights),
+        lr=learning_rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=divide_by,
+        found_inf=skip,
+    )
+
+
+def usable(like: Tensor) -> bool:
+    """Whether this torch has the operator for tensors of this dtype on this device: one element is tried."""
+    weight, gradient, first, second = torch.zeros(4, dtype=like.dtype, device=like.device).split(1)
+    one = torch.ones((), device=like.device)
+    try:
+        adamw_(
+            [weight],
+            [gradient],
+            ([first], [second]),
+            updates=one,
+            learning_rate=0.0,
+            betas=(0.9, 0.999),
+            eps=1.0,
+            weight_decay=0.0,
+            divide_by=one,
+            skip=one,
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""AdamW over flat buffers, fused and plain, against torch.optim.AdamW."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pentode.config.kinds.optimizers import AdamWOptimizerArgs
+from pentode.dist.mesh import Axis
+from pentode.optim import fused
+from pentode.optim.adamw import AdamW
+from pentode.optim.groups import Group
+from pentode.optim.master import MasterWeights
+from pentode.optim.registry import build_optimizer
+from pentode.parallel.spec import ParamSpec, parameter
+
+SHAPES = {"embed.weight": (7, 5), "layers.0.w": (31, 9), "layers.0.bias": (31,), "layers.1.w": (3, 3, 3)}
+BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
+YES = torch.tensor(True)
+ONE = torch.tensor(1.0)
+
+
+def make(
+    dtype: torch.dtype, *, use_fused: bool, accumulate_in: torch.dtype | None = None
+) -> tuple[MasterWeights, AdamW]:
+    """Masters of four parameters, biases not decayed, in several buckets."""
+    torch.manual_seed(0)
+    parameters = {}
+    for name, shape in SHAPES.items():
+        parameters[name] = parameter(ParamSpec(shape), device=torch.device("cpu"), dtype=dtype)
+        torch.nn.init.normal_(parameters[name])
+    master = MasterWeights(
+        parameters,
+        groups=[
+            Group(tuple(name for name in SHAPES if "bias" not in name), DECAY),
+            Group(("layers.0.bias",), 0.0),
+        ],
+        data=Axis("data"),
+        bucket_bytes=100,
+        accumulate_in=accumulate_in or torch.promote_types(dtype, torch.float32),
+    )
+    return master, AdamW(master.flat, betas=BETAS, eps=EPS, use_fused=use_fused)
+
+
+def give(master: MasterWeights, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for gradient in master.gradients.values():
+        gradient.copy_(torch.randn(gradient.shape, generator=generator))
+
+
+def snapshot(master: MasterWeights, optimizer: AdamW) -> list[torch.Tensor]:
+    tensors = [flat.weight for flat in master.flat] + [optimizer.updates]
+    tensors += [t for moments in optimizer.state().values() for t in moments.values()]
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equals_torch_with_scaled_gradients_and_decay_groups(dtype: torch.dtype, use_fused: bool) -> None:
+    master, optimizer = make(dtype, use_fused=use_fused)
+    assert optimizer.fused == use_fused
+    theirs = {name: torch.nn.Parameter(w.detach().clone()) for name, w in master.weights.items()}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in theirs.items() if "bias" not in name], "weight_decay": DECAY},
+            {"params": [theirs["layers.0.bias"]], "weight_decay": 0.0},
+        ],
+        betas=BETAS,
+        eps=EPS,
+    )
+    scale = torch.tensor(0.3)
+    for step in range(20):
+        give(master, seed=step)
+        for name, p in theirs.items():
+            p.grad = master.gradients[name] * scale
+        for group in reference.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        reference.step()
+        optimizer.step(learning_rate=0.1 / (step + 1), scale=scale, finite=YES)
+    assert optimizer.updates == 20
+    for name, p in theirs.items():
+        torch.testing.assert_close(master.weights[name], p.detach())
+        for kind, moment in optimizer.state()[name].items():
+            torch.testing.assert_close(moment, reference.state[p][kind])
+    for flat in master.flat:  # padding stays zero
+        assert torch.count_nonzero(flat.weight) == sum(
+            torch.count_nonzero(v) for v in flat.layout.views(flat.weight).values()
+        )
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_and_leaves_no_trace(
+    dtype: torch.dtype, use_fused: bool, bad: float
+) -> None:
+    runs = []
+    for with_bad_step in (False, True):
+        master, optimizer = make(dtype, use_fused=use_fused)
+        for step in range(6):
+            if with_bad_step and step == 3:
+                before = snapshot(master, optimizer)
+                give(master, seed=99)
+                master.gradients["layers.0.w"][2, 1] = bad
+                optimizer.step(learning_rate=0.1, scale=torch.tensor(float("nan")), finite=~YES)
+                for now, then in zip(snapshot(master, optimizer), before, strict=True):
+                    assert torch.equal(now, then)
+            give(master, seed=step)
+            optimizer.step(learning_rate=0.1, scale=ONE, finite=YES)
+        runs.append(snapshot(master, optimizer))
+    for clean, hit in zip(*runs, strict=True):
+        assert torch.equal(clean, hit)
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+def test_gradients_in_bfloat16_step_float32_masters(use_fused: bool) -> None:
+    narrow, narrow_optimizer = make(torch.bfloat16, use_fused=use_fused, accumulate_in=torch.bfloat16)
+    wide, wide_optimizer = make(torch.bfloat16, use_fused=use_fused)
+    for step in range(5):
+        give(narrow, seed=step)
+        for name, gradient in narrow.gradients.items():
+            wide.gradients[name].copy_(gradient)
+        for optimizer in (narrow_optimizer, wide_optimizer):
+            optimizer.step(learning_rate=0.01, scale=torch.tensor(0.5), finite=YES)
+    for name, weight in wide.weights.items():
+        torch.testing.assert_close(narrow.weights[name], weight)
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+def test_writing_the_state_back_continues_bit_for_bit(use_fused: bool) -> None:
+    master, optimizer = make(torch.float32, use_fused=use_fused)
+    other, restored = make(torch.float32, use_fused=use_fused)
+    for step in range(3):
+        give(master, seed=step)
+        optimizer.step(learning_rate=0.1, scale=ONE, finite=YES)
+    restored.updates.fill_(int(optimizer.updates))
+    for name, tensors in optimizer.state().items():
+        other.weights[name].data.copy_(master.weights[name].data)
+        for kind, tensor in tensors.items():
+            assert tensor.shape == SHAPES[name]
+            restored.state()[name][kind].copy_(tensor)
+    for m, o in ((master, optimizer), (other, restored)):
+        give(m, seed=3)
+        o.step(learning_rate=0.1, scale=ONE, finite=YES)
+    for a, b in zip(snapshot(master, optimizer), snapshot(other, restored), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_registry_reads_the_config() -> None:
+    master, _ = make(torch.float32, use_fused=False)
+    for wanted in (True, False):
+        args = AdamWOptimizerArgs(adam_eps=1e-7, adam_beta1=0.8, adam_beta2=0.99, torch_adam_is_fused=wanted)
+        optimizer = build_optimizer(args, master.flat)
+        assert isinstance(optimizer, AdamW)
+        assert (optimizer.betas, optimizer.eps, optimizer.fused) == ((0.8, 0.99), 1e-7, wanted)
+
+
+@pytest.mark.parametrize("broken", [None, lambda *args: None])
+def test_a_torch_without_the_fused_operator_gets_the_plain_form(
+    monkeypatch: pytest.MonkeyPatch, broken: Callable[..., None] | None
+) -> None:
+    if broken is None:
+        monkeypatch.delattr(torch, "_fused_adamw_")
+    else:
+        monkeypatch.setattr(torch, "_fused_adamw_", broken)  # another signature: keywords are refused
+    assert not fused.usable(torch.zeros(1))
+    assert not make(torch.float32, use_fused=True)[1].fused

@@ -1,0 +1,306 @@
+"""MasterWeights: flat buffers, the way of a gradient into them, and what the model sees of a step."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from pentode.dist.mesh import Axis
+from pentode.optim import master as master_module
+from pentode.optim.groups import Group
+from pentode.optim.layout import ALIGN, block_of, lay_out
+from pentode.optim.master import MasterWeights
+from pentode.parallel.spec import ParamSpec, parameter
+
+MIB = 2**20
+VOCABULARY, WIDTH, LAYERS = 11, 17, 3  # odd, so that padding is needed everywhere
+
+
+class Block(nn.Module):
+    """A residual block with a matrix, a bias and a weight that only some inputs reach."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = weight(WIDTH, WIDTH, dtype=dtype)
+        self.bias = weight(WIDTH, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(x @ self.up.T + self.bias)
+
+
+class Model(nn.Module):
+    """Tied embedding, blocks, and `expert`, which takes part only when it is asked to."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed = nn.ParameterDict({"weight": weight(VOCABULARY, WIDTH, dtype=dtype)})
+        self.layers = nn.ModuleList(Block(dtype) for _ in range(LAYERS))
+        self.expert = nn.ParameterDict({"weight": weight(WIDTH, dtype=dtype)})
+
+    def forward(self, tokens: Tensor, *, use_expert: bool = True) -> Tensor:
+        x = self.embed["weight"][tokens]
+        for block in self.layers:
+            x = block(x)
+        if use_expert:
+            x = x * self.expert["weight"]
+        return (x @ self.embed["weight"].T).float().square().mean()
+
+
+def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    made = parameter(ParamSpec(shape), device=torch.device("cpu"), dtype=dtype)
+    nn.init.normal_(made, std=0.3)
+    return made
+
+
+def model_of(dtype: torch.dtype, *, seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model(dtype)
+
+
+def master_of(
+    model: nn.Module,
+    *,
+    data: Axis | None = None,
+    bucket_bytes: int = MIB,
+    accumulate_in: torch.dtype | None = None,
+    no_decay: Sequence[str] = (),
+) -> MasterWeights:
+    parameters = dict(model.named_parameters())
+    groups = [Group(tuple(n for n in parameters if n not in no_decay), 0.1), Group(tuple(no_decay), 0.0)]
+    dtype = accumulate_in or torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    return MasterWeights(
+        parameters, groups=groups, data=data or Axis("data"), bucket_bytes=bucket_bytes, accumulate_in=dtype
+    )
+
+
+def tokens(count: int, *, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (8,), generator=generator) for _ in range(count)]
+
+
+def by_hand(model: Model, inputs: list[Tensor], *, dtype: torch.dtype, used: list[bool]) -> dict[str, Tensor]:
+    """The sum of the micro-batches' gradients, in their order."""
+    total: dict[str, Tensor] = {}
+    for x, use_expert in zip(inputs, used, strict=True):
+        model(x, use_expert=use_expert).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total[name] + p.grad.to(dtype) if name in total else p.grad.to(dtype)
+            p.grad = None
+    return {name: total.get(name, torch.zeros_like(p, dtype=dtype)) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parameters_become_aligned_views_that_keep_their_values(dtype: torch.dtype) -> None:
+    model, twin = model_of(dtype), model_of(dtype)
+    master = master_of(model, no_decay=("layers.1.bias", "expert.weight"))
+    assert [flat.weight_decay for flat in master.flat] == [0.1, 0.0]
+    assert master.shares_storage == (dtype != torch.bfloat16)
+    for (name, p), before in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, before)
+        assert torch.equal(master.weights[name], before.to(torch.promote_types(dtype, torch.float32)))
+        assert p.storage_offset() * p.element_size() % 256 == 0
+    for flat in master.flat:
+        own = [p for n, p in model.named_parameters() if n in flat.layout.starts]
+        assert all(p.untyped_storage().data_ptr() == flat.model.untyped_storage().data_ptr() for p in own)
+        assert torch.count_nonzero(flat.model) == sum(torch.count_nonzero(p) for p in own)  # padding is zero
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulate_in"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("used", [[True] * 4, [False, True, True, False], [False] * 4])
+def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
+    dtype: torch.dtype, accumulate_in: torch.dtype, used: list[bool]
+) -> None:
+    model = model_of(dtype)
+    master = master_of(model, bucket_bytes=1000, accumulate_in=accumulate_in)
+    for step in range(2):
+        for flat in master.flat:  # whatever is left from before must not count; padding stays zero
+            for view in flat.layout.views(flat.gradient).values():
+                view.fill_(7.0)
+        inputs = tokens(4, seed=step)
+        master.start_step(4)
+        for x, use_expert in zip(inputs, used, strict=True):
+            model(x, use_expert=use_expert).backward()
+            assert all(p.grad is None for p in model.parameters())
+        master.finish_gradients()
+        for name, gradient in by_hand(model_of(dtype), inputs, dtype=accumulate_in, used=used).items():
+            assert master.gradients[name].dtype == accumulate_in
+            assert torch.equal(master.gradients[name], gradient), name
+
+
+def test_masters_stay_float32_when_gradients_are_accumulated_in_bfloat16() -> None:
+    master = master_of(model_of(torch.bfloat16), accumulate_in=torch.bfloat16)
+    assert {w.dtype for w in master.weights.values()} == {torch.float32}
+    elements = sum(flat.layout.size for flat in master.flat)
+    assert master.bytes() == elements * (2 + 4 + 2)
+
+
+def test_shared_storage_is_counted_once() -> None:
+    master = master_of(model_of(torch.float32))
+    assert master.bytes() == sum(flat.layout.size for flat in master.flat) * (4 + 4)
+
+
+def test_a_parameter_of_another_dtype_gets_a_buffer_of_its_own() -> None:
+    model = model_of(torch.bfloat16)
+    model.expert["weight"] = weight(WIDTH, dtype=torch.float32)
+    master = master_of(model)
+    assert [flat.model.dtype for flat in master.flat] == [torch.bfloat16, torch.float32]
+    assert master.flat[1].weight is master.flat[1].model
+    assert not master.shares_storage
+
+
+def test_a_gradient_that_is_none_counts_as_zero() -> None:
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: FunctionCtx, x: Tensor, w: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+            return gradient * 2, None
+
+    model = model_of(torch.float32)
+    master = master_of(model)
+    master.gradients["expert.weight"].fill_(7.0)
+    master.start_step(1)
+    Forgetful.apply(model.layers[0].bias, model.expert["weight"]).sum().backward()
+    master.finish_gradients()
+    assert torch.equal(master.gradients["expert.weight"], torch.zeros(WIDTH))
+    assert torch.equal(master.gradients["layers.0.bias"], torch.full((WIDTH,), 2.0))
+
+
+def test_a_backward_that_no_step_expects_is_refused() -> None:
+    model = model_of(torch.float32)
+    master = master_of(model)
+    master.start_step(1)
+    model(tokens(1)[0]).backward()
+    with pytest.raises(AssertionError, match="start_step"):
+        model(tokens(1)[0]).backward()
+
+
+def test_an_abandoned_step_leaves_nothing_behind() -> None:
+    model = model_of(torch.float64)
+    master = master_of(model)
+    inputs = tokens(3)
+    master.start_step(2)
+    model(inputs[0]).backward()
+    master.start_step(2)
+    for x in inputs[1:]:
+        model(x).backward()
+    master.finish_gradients()
+    want = by_hand(model_of(torch.float64), inputs[1:], dtype=torch.float64, used=[True] * 2)
+    assert all(torch.equal(master.gradients[name], gradient) for name, gradient in want.items())
+
+
+def test_publish_rounds_masters_into_the_model_and_adopt_goes_back() -> None:
+    model = model_of(torch.bfloat16)
+    master = master_of(model)
+    with torch.no_grad():
+        master.weights["expert.weight"].fill_(1 + 2**-12)
+    master.publish()
+    assert torch.equal(model.expert["weight"], torch.ones(WIDTH, dtype=torch.bfloat16))
+    assert master.weights["expert.weight"][0] == 1 + 2**-12
+    master.adopt_weights()
+    assert master.weights["expert.weight"][0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_blocks_see_published_weights_without_recompiling(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    model, twin = model_of(dtype), model_of(dtype)
+    master = master_of(model)
+    for block in model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    x = tokens(1)[0]
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            master.start_step(1)
+            loss = model(x)
+            loss.backward()
+            master.finish_gradients()
+        want = by_hand(twin, [x], dtype=torch.float32, used=[True])
+        torch.testing.assert_close(loss, twin(x))
+        torch.testing.assert_close(master.gradients, want)
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                master.weights[name].add_(0.25)
+                p.copy_(master.weights[name])
+        master.publish()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2000, MIB])
+def test_buckets_start_in_backward_order_and_as_soon_as_they_are_complete(
+    monkeypatch: pytest.MonkeyPatch, bucket_bytes: int
+) -> None:
+    started: list[Tensor] = []
+    monkeypatch.setattr(master_module, "start_sum_", lambda x, axis: started.append(x))
+    model = model_of(torch.float32)
+    master = master_of(model, bucket_bytes=bucket_bytes, no_decay=("layers.1.bias",))
+    counts = []
+    master.start_step(2)
+    for x in tokens(2):
+        model(x).backward()
+        counts.append(len(started))
+    buckets = sum(len(flat.layout.buckets) for flat in master.flat)
+    assert counts == [0, buckets]
+    master.finish_gradients()
+    assert len(started) == buckets
+    places = {master.gradients[name].data_ptr(): i for i, (name, _) in enumerate(model.named_parameters())}
+    firsts = [places[bucket.data_ptr()] for bucket in started]  # each bucket's first parameter in the model
+    assert firsts == sorted(firsts, reverse=True)
+
+
+def test_a_bucket_waits_for_its_turn_when_an_earlier_one_lacks_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Tensor] = []
+    monkeypatch.setattr(master_module, "start_sum_", lambda x, axis: started.append(x))
+    model = model_of(torch.float32)
+    master = master_of(model, bucket_bytes=1)
+    master.start_step(1)
+    model(tokens(1)[0], use_expert=False).backward()
+    assert started == []  # another rank may have used the expert: the order of reductions must be the same on all
+    master.finish_gradients()
+    assert len(started) == sum(len(flat.layout.buckets) for flat in master.flat)
+
+
+names_and_sizes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 700)), min_size=1, max_size=8)
+
+
+@given(names_and_sizes, st.integers(1, 3000), st.integers(1, 5))
+def test_a_layout_is_aligned_whole_and_divisible(
+    blocks: list[tuple[int, int]], bucket_elements: int, ranks: int
+) -> None:
+    shapes = {"embed.weight": (5, 30)}
+    shapes |= {f"layers.{i}.part{j}.weight": (size + j,) for i, (n, size) in enumerate(blocks) for j in range(n)}
+    layout = lay_out(shapes, bucket_elements=bucket_elements, ranks=ranks)
+    assert list(layout.starts) == list(shapes)
+    assert [name for bucket in layout.buckets for name in bucket.names] == list(shapes)
+    edges = [0, *(bucket.stop for bucket in layout.buckets)]
+    assert edges[:-1] == [bucket.start for bucket in layout.buckets]
+    assert edges[-1] == layout.size
+    for bucket in layout.buckets:
+        assert (bucket.stop - bucket.start) % (ranks * ALIGN) == 0
+    for bucket in layout.buckets[1:]:
+        assert bucket.stop - bucket.start >= bucket_elements
+    homes = {}
+    for k, bucket in enumerate(layout.buckets):
+        for name in bucket.names:
+            assert layout.starts[name] % ALIGN == 0
+            assert bucket.start <= layout.starts[name]
+            assert homes.setdefault(block_of(name), k) == k
+    buffer = torch.zeros(layout.size)
+    for view in layout.views(buffer).values():
+        view += 1
+    assert buffer.max() == 1  # nothing overlaps
+    assert buffer.sum() == sum(torch.Size(shape).numel() for shape in shapes.values())
