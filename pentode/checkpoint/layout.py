@@ -1,0 +1,269 @@
+"""What a checkpoint is made of: its names, its manifest, and the headers of its tensor files. No disk access here.
+
+docs/formats.md describes the same, for a reader in another language.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pentode.parallel.spec import Box
+
+FORMAT = "pentode-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+STEP_NAME = re.compile(r"0|[1-9][0-9]{0,11}", re.ASCII)
+FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+ALIGNMENT = 8  # a tensor file's header is padded to a multiple of this
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor of this rank to write or to fill, and which boxes of the global tensor it holds.
+
+    What lies outside the boxes (padding of the vocabulary) is neither written nor touched.
+    """
+
+    tensor: Tensor
+    global_shape: tuple[int, ...]
+    boxes: Sequence[Box]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "Saved":
+        """A tensor that this rank holds whole, without padding."""
+        shape, origin = tuple(tensor.shape), (0,) * tensor.dim()
+        return cls(tensor, shape, [Box(origin, origin, shape)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the boxes take in a file."""
+        return sum(prod(box.shape) for box in self.boxes) * self.tensor.element_size()
+
+
+class NewerFormatError(ValueError):
+    """A manifest of a format version that this Pentode does not know."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest knows of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint by name, each with its size and checksum; what is not listed does not belong to it."""
+
+    step: int
+    files: Mapping[str, FileFacts]
+
+    def digest(self) -> str:
+        """SHA-256 over all that the manifest says, so that a line lost from it is noticed."""
+        lines = [f"{FORMAT} {FORMAT_VERSION} {self.step}"]
+        lines += [f"{name} {facts.size} {facts.sha256}" for name, facts in sorted(self.files.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def dump(self) -> bytes:
+        """The bytes of manifest.json."""
+        files = {name: {"size": facts.size, "sha256": facts.sha256} for name, facts in self.files.items()}
+        return json_bytes(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "step": self.step,
+                "files": files,
+                "digest": self.digest(),
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Manifest":
+        """Read manifest.json; ValueError says what is wrong with it."""
+        found = parse_json(data)
+        if found.get("format") != FORMAT:
+            raise ValueError(f"its format is {found.get('format')!r}, not {FORMAT}")
+        version = found.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            raise NewerFormatError(f"its format version is {version}, this Pentode reads {FORMAT_VERSION}")
+        step, files = found.get("step"), found.get("files")
+        if version != FORMAT_VERSION or not _is_count(step) or not isinstance(files, dict):
+            raise ValueError("its format_version, step or files are not what they must be")
+        manifest = cls(step, {name: _facts(name, facts) for name, facts in files.items()})
+        if found.get("digest") != manifest.digest():
+            raise ValueError("it was changed after it was written: its digest is another")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One box of a global tensor in a tensor file: its bytes are file[begin:end] after the header."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    box: Box
+    dtype: torch.dtype
+    begin: int
+    end: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the file: the tensor's own if it is whole, else `name@start,start`."""
+        if self.box.shape == self.global_shape:
+            return self.name
+        return f"{self.name}@{','.join(map(str, self.box.global_start))}"
+
+
+def entries(group: Mapping[str, Saved]) -> Iterator[tuple[Entry, Tensor]]:
+    """Each box to write and the view that holds it, in file order: wide dtypes first (all aligned), then by name."""
+    begin = 0
+    for name, saved in sorted(group.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
+        for box in saved.boxes:
+            end = begin + prod(box.shape) * saved.tensor.element_size()
+            at = Box(box.global_start, (0,) * len(box.shape), box.shape)
+            yield Entry(name, saved.global_shape, at, saved.tensor.dtype, begin, end), box.of_local(saved.tensor)
+            begin = end
+
+
+def header(found: Sequence[Entry]) -> bytes:
+    """The length and the JSON header that begin a safetensors file."""
+    cut = {entry.name: list(entry.global_shape) for entry in found if entry.key != entry.name}
+    table: dict[str, object] = {
+        "__metadata__": {"format": FORMAT, "format_version": str(FORMAT_VERSION), "global_shapes": json.dumps(cut)}
+    }
+    for entry in found:
+        table[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.box.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def parse_header(text: bytes, *, data_size: int) -> list[Entry]:
+    """The entries of a JSON header whose data is `data_size` bytes long; ValueError unless they cover it exactly."""
+    table = parse_json(text)
+    metadata = table.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("global_shapes"), str):
+        raise ValueError("its header lacks the global shapes")
+    global_shapes = parse_json(metadata["global_shapes"].encode())
+    found = sorted((_entry(key, what, global_shapes) for key, what in table.items()), key=lambda e: (e.begin, e.end))
+    at = 0
+    for entry in found:
+        if entry.begin != at:
+            raise ValueError(f"{entry.key} does not begin where the tensor before it ends")
+        at = entry.end
+    if at != data_size:
+        raise ValueError(f"its tensors take {at} bytes, its data {data_size}")
+    return found
+
+
+def overlap(there: Box, here: Box) -> tuple[Box, Box] | None:
+    """What two boxes of one global tensor share, as a box of each one's local tensor; None if nothing."""
+    start = tuple(map(max, there.global_start, here.global_start))
+    shape = tuple(min(_ends(there)[dim], _ends(here)[dim]) - at for dim, at in enumerate(start))
+    if any(size <= 0 for size in shape):
+        return None
+    return _part(there, start, shape), _part(here, start, shape)
+
+
+def json_bytes(what: Mapping[str, object]) -> bytes:
+    """JSON that is the same for the same content: sorted keys, no NaN."""
+    return (json.dumps(what, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Strict JSON: an object, without NaN or repeated keys; else ValueError."""
+    try:
+        found = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
+def _entry(key: str, what: object, global_shapes: Mapping[str, object]) -> Entry:
+    if (
+        not isinstance(what, dict)
+        or set(what) != {"dtype", "shape", "data_offsets"}
+        or str(what["dtype"]) not in DTYPES
+    ):
+        raise ValueError(f"{key} is described by {str(what)[:80]}")
+    shape, offsets, dtype = _counts(key, what["shape"]), _counts(key, what["data_offsets"]), DTYPES[what["dtype"]]
+    name, at, place = key.partition("@")
+    start = tuple(int(number) for number in place.split(",")) if at else (0,) * len(shape)
+    global_shape = _counts(key, global_shapes.get(name)) if at else shape
+    inside = len(start) == len(shape) == len(global_shape) and all(
+        begin >= 0 and begin + size <= whole for begin, size, whole in zip(start, shape, global_shape, strict=True)
+    )
+    if not inside or len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{key}: its shape {list(shape)}, place or bytes {list(offsets)} contradict each other")
+    return Entry(name, global_shape, Box(start, (0,) * len(shape), shape), dtype, *offsets)
+
+
+def _counts(key: str, found: object) -> tuple[int, ...]:
+    if not isinstance(found, list) or not all(_is_count(number) for number in found):
+        raise ValueError(f"{key}: {str(found)[:80]} is not a list of sizes")
+    return tuple(found)
+
+
+def _facts(name: str, found: object) -> FileFacts:
+    if not FILE_NAME.fullmatch(name):
+        raise ValueError(f"it lists a file named {name[:80]!r}")
+    if (
+        not isinstance(found, dict)
+        or not _is_count(found.get("size"))
+        or not SHA256.fullmatch(str(found.get("sha256")))
+    ):
+        raise ValueError(f"it does not tell size and sha256 of {name}")
+    return FileFacts(found["size"], found["sha256"])
+
+
+def _is_count(found: object) -> bool:
+    return type(found) is int and found >= 0
+
+
+def _ends(box: Box) -> tuple[int, ...]:
+    return tuple(start + size for start, size in zip(box.global_start, box.shape, strict=True))
+
+
+def _part(box: Box, start: tuple[int, ...], shape: tuple[int, ...]) -> Box:
+    local = tuple(a - b + c for a, b, c in zip(start, box.global_start, box.local_start, strict=True))
+    return Box(start, local, shape)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has a key twice")
+    return found
