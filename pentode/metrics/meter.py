@@ -1,0 +1,106 @@
+"""Times steps, and turns a step's time into tokens/s, TFLOP/s and MFU."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pentode.metrics.record import Record
+
+
+class Meter:
+    """A clock over steps, and the work that one step is.
+
+    flops, causal_flops   of one step over all ranks, forward and backward, attention counted in full and by half
+    peak_flops            of one device (see peak_flops.py); None means that no MFU is given
+
+    A step's time is the wall time since the record before it (or `start`), less what ran inside `outside()`:
+    evaluation, checkpoints, sampling. The caller reads the loss from the device before it asks for a record, so that
+    the time is that of the work and not of its launch.
+    """
+
+    def __init__(
+        self,
+        *,
+        flops: float,
+        causal_flops: float,
+        global_batch_size: int,
+        sequence_length: int,
+        world_size: int,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.flops = flops
+        self.causal_flops = causal_flops
+        self.global_batch_size = global_batch_size
+        self.tokens = global_batch_size * sequence_length
+        self.world_size = world_size
+        self.peak_flops = peak_flops
+        self._clock = clock
+        self._since = clock()
+
+    def start(self) -> None:
+        """Forget the time so far: the next step begins now."""
+        self._since = self._clock()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Time spent in this block belongs to no step."""
+        entered = self._clock()
+        try:
+            yield
+        finally:
+            self._since += self._clock() - entered
+
+    def record(
+        self,
+        step: int,
+        *,
+        consumed_tokens: int,
+        lm_loss: float,
+        lr: float,
+        grad_norm: float | None = None,
+        val_loss: float | None = None,
+        memory_allocated: int | None = None,
+        memory_reserved: int | None = None,
+        disk: Path | None = None,
+        steps: int = 1,
+    ) -> Record:
+        """The record of `step`, and the start of the next step's time.
+
+        `steps`: how many ran since the last record; the time is their mean. `disk`: a folder on the disk to look at;
+        given at the steps whose line shall show memory (Nanotron: the first four, and after a checkpoint).
+        """
+        now = self._clock()
+        seconds = max(now - self._since, 1e-9) / steps  # a clock may tick coarsely; nothing divides by zero
+        self._since = now
+        teraflops = self.flops / seconds / self.world_size / 1e12
+        total, used, free = shutil.disk_usage(disk) if disk else (None, None, None)
+        return Record(
+            step=step,
+            lm_loss=lm_loss,
+            val_loss=val_loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            consumed_tokens=consumed_tokens,
+            global_batch_size=self.global_batch_size,
+            tokens_per_sec=self.tokens / seconds,
+            tokens_per_sec_per_gpu=self.tokens / seconds / self.world_size,
+            model_tflops_per_gpu=teraflops,
+            hardware_tflops_per_gpu=teraflops,  # nothing is recomputed yet
+            elapsed_time_per_iteration_ms=seconds * 1000,
+            cuda_memory_allocated=memory_allocated,
+            cuda_max_memory_reserved=memory_reserved,
+            mfu=self._utilisation(self.flops, seconds),
+            mfu_causal=self._utilisation(self.causal_flops, seconds),
+            hd_total_memory_tb=total,
+            hd_used_memory_tb=used,
+            hd_free_memory_tb=free,
+            wall_time=time.time(),
+        )
+
+    def _utilisation(self, flops: float, seconds: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return flops / seconds / self.world_size / self.peak_flops
