@@ -1,0 +1,5 @@
+"""python -m pentode"""
+
+from pentode.cli import main
+
+main()

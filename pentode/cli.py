@@ -1,0 +1,167 @@
+"""The commands. Each imports what it needs when it runs, so that help, check and completion never load torch."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pentode.errors import INTERNAL, OUT_OF_MEMORY, ConfigError
+from pentode.version import VERSION
+
+UsageError = typer.BadParameter.__base__  # click's, or the one that newer typers bring along
+INTERRUPTED = 130
+DISK = 74
+
+app = typer.Typer(
+    name="pentode",
+    help="Pretrain transformer language models on a laptop's CPU, one GPU, or a cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    from pentode.config.schema import field_paths
+
+    return [f"{path}=" for path in field_paths() if path.startswith(incomplete)]
+
+
+File = Annotated[Path, typer.Argument(help="a YAML config", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="a.b.c=value, applied after the file", autocompletion=_complete_override, metavar="[a.b.c=value]..."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False) -> None:
+    if version:
+        typer.echo(f"pentode {VERSION}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    file: File,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(help="start this many local processes")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="remove the run in checkpoints_path and start over")] = False,
+) -> None:
+    """Train the model that FILE describes; the same command again goes on where the run stopped."""
+    from pentode.config.load import load_config
+
+    config = load_config(file, overrides or [])
+    if nproc > 1:
+        from pentode.dist.launch import start_local
+
+        arguments = ["train", str(file), *(overrides or []), *(["--fresh"] if fresh else [])]
+        raise typer.Exit(start_local(nproc, arguments))
+
+    from pentode.generate.closing import closing_sample
+    from pentode.report.page import write_report
+    from pentode.train.start import start
+
+    start(config, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's: its newest checkpoint")],
+    prompt: Annotated[list[str] | None, typer.Option(help="text to go on from; may be given several times")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="draw from the k likeliest tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="draw from the likeliest tokens of total p")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 42,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Write text with a trained model."""
+    from pentode import log
+    from pentode.generate.command import generate_from
+    from pentode.generate.engine import Sampling
+
+    log.setup(level="warning")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    for text in generate_from(path, prompt or [""], sampling=sampling, device=device):
+        typer.echo(text)
+
+
+@app.command()
+def check(file: File, overrides: Overrides = None) -> None:
+    """Validate FILE and print what it means: batch arithmetic, parameters, tokens."""
+    from pentode.config.load import load_config
+    from pentode.config.meaning import meaning
+
+    for line in meaning(load_config(file, overrides or [])):
+        typer.echo(line)
+
+
+@app.command()
+def schema() -> None:
+    """Print the config's JSON Schema, from which editors complete and check."""
+    import json
+
+    from pentode.config.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder: checkpoints_path")]) -> None:
+    """Write report.html and loss.png of a run again."""
+    from pentode.report.page import write_report
+
+    typer.echo(f"wrote {write_report(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices and which kernels are usable here; secrets are masked."""
+    from pentode.run.doctor import lines
+
+    for line in lines():
+        typer.echo(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0, or the code that its error carries (`pentode.errors`)."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run a command and return the exit code; what went wrong is one line on stderr each, a traceback only for our bugs."""
+    try:
+        result = app(arguments, standalone_mode=False, prog_name="pentode")
+        return result if isinstance(result, int) else 0
+    except ConfigError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return error.exit_code
+    except UsageError as error:
+        error.show()
+        return ConfigError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Say what happened; the exit code."""
+    code = getattr(error, "exit_code", None)
+    if code is None and isinstance(error, OSError):
+        code = DISK
+    if code is None and type(error).__name__ == "OutOfMemoryError":
+        code = OUT_OF_MEMORY
+    if code is None:
+        traceback.print_exc()
+        return INTERNAL
+    print(f"pentode: {error}", file=sys.stderr)
+    return code

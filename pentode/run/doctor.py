@@ -1,0 +1,83 @@
+"""What `pentode doctor` tells: versions, devices, which kernels pass a small test here, and the settings around them."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pentode import device as devices
+from pentode import log
+from pentode.optim import fused
+from pentode.version import VERSION
+
+PACKAGES = ("torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "tokenizers", "safetensors", "fsspec", "psutil")
+EXTRAS = {"data": ("datasets", "huggingface_hub"), "plots": ("matplotlib",), "hf": ("transformers",)}
+SETTINGS = re.compile(
+    r"^(CUDA|NCCL|TORCH|PYTORCH|HF|OMP|MKL|GLOO|SLURM|WANDB|AWS)_|^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_\w+)$"
+)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+
+
+def lines() -> list[str]:
+    """The report, a line each."""
+    device = devices.pick("auto")
+    rows = [("pentode", VERSION), ("python", platform.python_version()), ("system", platform.platform())]
+    rows += [(name, _version(name) or "MISSING") for name in PACKAGES]
+    for extra, names in EXTRAS.items():
+        rows += [(name, _version(name) or f'not installed; pip install "pentode[{extra}]"') for name in names]
+    rows += [
+        ("C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none; model.compile needs one on a CPU")
+    ]
+    rows += devices.facts()
+    rows += [(f"kernel {name}", _attempt(test, device)) for name, test in KERNELS.items()]
+    rows += [(name, _masked(name, value)) for name, value in sorted(os.environ.items()) if SETTINGS.match(name)]
+    return [f"{name:<28} {log.mask(value)}" for name, value in rows]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _masked(name: str, value: str) -> str:
+    return "***" if SECRET.search(name) else value
+
+
+def _attention(backend: SDPBackend) -> Callable[[torch.device], None]:
+    def run(device: torch.device) -> None:
+        q = torch.randn(1, 2, 64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        with sdpa_kernel(backend):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+
+    return run
+
+
+def _fused_adamw(device: torch.device) -> None:
+    if not fused.usable(torch.zeros(1, device=device)):
+        raise RuntimeError("this torch has none")
+
+
+KERNELS: dict[str, Callable[[torch.device], None]] = {
+    "attention math": _attention(SDPBackend.MATH),
+    "attention flash": _attention(SDPBackend.FLASH_ATTENTION),
+    "attention efficient": _attention(SDPBackend.EFFICIENT_ATTENTION),
+    "attention cudnn": _attention(SDPBackend.CUDNN_ATTENTION),
+    "fused AdamW": _fused_adamw,
+}
+
+
+def _attempt(test: Callable[[torch.device], None], device: torch.device) -> str:
+    """Whether a kernel runs on this device; if not, the first line of the reason."""
+    try:
+        test(device)
+    except RuntimeError as error:
+        return f"no: {str(error).splitlines()[0]}"
+    return "usable"

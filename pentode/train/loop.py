@@ -1,0 +1,117 @@
+"""The training loop: step after step, with validation, records and checkpoints between them."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from pentode import device as devices
+from pentode import log
+from pentode.metrics.sinks import Sinks
+from pentode.optim.schedule import learning_rate
+from pentode.run.build import Run, memory_line
+from pentode.train.evaluate import validation_loss
+from pentode.train.journal import FIRST_STEPS, Done, Journal
+from pentode.train.signals import StopSignal
+from pentode.train.state import TrainState, save_state
+from pentode.train.step import train_step
+
+
+def train(
+    run: Run,
+    state: TrainState,
+    *,
+    root: Path,
+    sinks: Sinks,
+    stop: StopSignal,
+    after_save: Sequence[Callable[[Path], object]] = (),
+) -> None:
+    """Train from `state` to the last step; checkpoints go to `root`. Raises Preempted when `stop` was asked, saved."""
+    config = run.config
+    checkpoints, last = config.checkpoints, config.tokens.train_steps
+    announce(run, state)
+    journal = Journal(run, sinks, root)
+    saved = None if state.step == 0 else state.step
+
+    def save() -> None:
+        nonlocal saved
+        if saved == state.step:
+            return
+        journal.flush()
+        with journal.meter.outside():
+            log.warning(f"Saving checkpoint at {root / str(state.step)}")
+            save_state(run, state, root)
+            saved = state.step
+            for refresh in after_save:
+                refresh(root)
+        journal.show_disk = True
+
+    if checkpoints.save_initial_state and state.step == 0:
+        save()
+    journal.meter.start()
+    while state.step < last:
+        if stop.asked:
+            if state.step > 0:
+                save()
+            raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")
+        journal.add(one_step(run, state))
+        if validation_is_due(run, state.step):
+            devices.synchronize(run.device)  # the step's own work is not the validation's
+            with journal.meter.outside():
+                loss = validation_loss(run, run.feed.validation(state.step))
+            journal.flush(val_loss=loss)
+        elif state.step % config.logging.iteration_step_info_interval == 0 or state.step in (1, last):
+            journal.flush()
+        if state.step < FIRST_STEPS:
+            log.info(memory_line(run.device))
+        if state.step % checkpoints.checkpoint_interval == 0:
+            save()
+    if checkpoints.save_final_state:
+        save()
+
+
+def one_step(run: Run, state: TrainState) -> Done:
+    """Train on the next global batch, and count it in `state`."""
+    config, step = run.config, state.step + 1
+    stage = run.feed.stage_at(step)
+    rate = learning_rate(step, config.optimizer.learning_rate_scheduler, train_steps=config.tokens.train_steps)
+    batches = run.feed.batches(
+        step, consumed=state.stage_samples.get(stage.name, 0), first_number=state.consumed_samples
+    )
+    result = train_step(run, batches, learning_rate=rate)
+    state.advance(run)
+    return Done(step, rate, state.consumed_tokens, result)
+
+
+def validation_is_due(run: Run, step: int) -> bool:
+    """Whether the config asks for a validation loss after `step`: every so many steps, and after the last."""
+    tokens = run.config.tokens
+    return tokens.val_check_interval > 0 and (step % tokens.val_check_interval == 0 or step == tokens.train_steps)
+
+
+def announce(run: Run, state: TrainState) -> None:
+    """Say what is going to happen, in the words that Nanotron's users know."""
+    config, stages, current = run.config, run.feed.stages, run.feed.stage_at(state.step + 1)
+    for stage in stages:
+        log.info(
+            f"[Training Plan] Stage {stage.name} has {stage.remaining(state.step)} remaining training steps and has "
+            f"consumed {state.stage_samples.get(stage.name, 0)} samples"
+        )
+        if stage == current:
+            run.feed.open(state.step + 1)
+    log.info(f"[Training Plan] There are {len(stages)} training stages")
+    for stage in stages:
+        log.info(f"[Stage {stage.name}] start from step {stage.first_step}")
+    log.info("")
+    tokens = config.tokens
+    log.info(
+        f"[Start training] datetime: {datetime.now()} | mbs: {tokens.micro_batch_size} | "
+        f"grad_accum: {tokens.batch_accumulation_per_replica} | global_batch_size: {config.global_batch_size} | "
+        f"sequence_length: {tokens.sequence_length} | train_steps: {tokens.train_steps} | "
+        f"start_iteration_step: {state.step} | consumed_train_samples: {state.consumed_samples}"
+    )
+    log.info(
+        f"Resuming training from stage {current.name}, it has trained for "
+        f"{state.stage_samples.get(current.name, 0)} samples and has "
+        f"{current.remaining(state.step)} remaining train steps"
+    )
+    log.info(memory_line(run.device))

@@ -1,0 +1,118 @@
+"""From a config to a trained model: join the world, find where to go on from, build, train, close."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pprint import pformat
+
+from pentode import device as devices
+from pentode import log
+from pentode.checkpoint.layout import MANIFEST
+from pentode.checkpoint.load import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.save import clean, remove_run
+from pentode.config.check import problems
+from pentode.config.schema import Config, expand_run_name
+from pentode.dist import launch
+from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
+from pentode.metrics.sinks import Sinks, open_sinks
+from pentode.run.build import Run, build, initialise_weights
+from pentode.train.loop import train
+from pentode.train.signals import StopSignal
+from pentode.train.state import TrainState, check_data, restore
+
+AfterSave = Callable[[Path], object]
+AtEnd = Callable[[Run, Path], object]
+
+
+def start(
+    config: Config, *, fresh: bool = False, after_save: Sequence[AfterSave] = (), at_end: Sequence[AtEnd] = ()
+) -> None:
+    """Train until `tokens.train_steps`, going on from the newest checkpoint in `checkpoints_path` if there is one.
+
+    fresh       remove the run that stands there, and begin again
+    after_save  called with the run's folder after each checkpoint
+    at_end      called with the run and its folder when training is complete
+    """
+    here = launch.world()
+    found = problems(config, world_size=here.size)
+    if found:
+        raise ConfigError(found)
+    device = devices.pick(config.general.device, local_rank=here.local_rank)
+    log.setup(
+        rank=here.rank, dp=here.rank, level=config.logging.log_level, replica_level=config.logging.log_level_replica
+    )
+    launch.connect(here, backend=devices.backend(device))
+    root = config.checkpoints.checkpoints_path
+    if fresh:
+        remove_run(root)
+    log.to_file(root / "logs" / f"rank-{here.rank}.log")
+    try:
+        with StopSignal() as stop:
+            _train_in(root, config, here, stop, after_save, at_end)
+    finally:
+        launch.disconnect()
+
+
+def _train_in(
+    root: Path,
+    config: Config,
+    here: launch.World,
+    stop: StopSignal,
+    after_save: Sequence[AfterSave],
+    at_end: Sequence[AtEnd],
+) -> None:
+    clean(root)
+    checkpoint = _source(config, root)
+    if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= config.tokens.train_steps:
+        log.info(
+            f"{checkpoint.folder}: complete at step {checkpoint.step}; --fresh starts over, tokens.train_steps goes on"
+        )
+        return
+    log.info("Config:\n" + pformat(config, width=120, indent=1))
+    log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
+    run, state = _run(config, here, checkpoint, root)
+    name = expand_run_name(config)
+    sinks = open_sinks(config, run=name, resume_step=state.step) if here.rank == 0 else Sinks([])
+    status = "failed"
+    try:
+        train(run, state, root=root, sinks=sinks, stop=stop, after_save=after_save if here.rank == 0 else ())
+        status = "done"
+    except (Preempted, Interrupted):
+        status = "stopped"
+        raise
+    finally:
+        sinks.close(status)
+    for finish in at_end:
+        finish(run, root)
+    run.feed.close()
+    for refresh in after_save:
+        refresh(root)
+
+
+def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root: Path) -> tuple[Run, TrainState]:
+    """The built run and where it stands: at a checkpoint, or at the beginning."""
+    counts = checkpoint is not None and (checkpoint.folder.parent == root or config.checkpoints.load_lr_scheduler)
+    run = build(config, here, first_step=checkpoint.step + 1 if counts else 1)
+    if checkpoint is None:
+        log.info("No checkpoint path provided.")
+        initialise_weights(run)
+        state = TrainState()
+    else:
+        optimizer = checkpoint.folder.parent == root or config.checkpoints.load_optimizer
+        state = restore(run, checkpoint, optimizer=optimizer, counts=counts)
+        log.info(f"Resuming after step {state.step} of {config.tokens.train_steps}")
+    log.info("[Optimizer Building] Using LearningRateForSP as learning rate")
+    check_data(run, state)
+    return run, state
+
+
+def _source(config: Config, root: Path) -> Checkpoint | None:
+    """The checkpoint to go on from: the run's own newest one, else the one that the config names."""
+    own = newest(root, quarantine=True)
+    other = config.checkpoints.resume_checkpoint_path
+    if own is not None or other is None:
+        return own
+    found = open_checkpoint(other) if (other / MANIFEST).exists() else newest(other)
+    if found is None:
+        raise CheckpointError(f"checkpoints.resume_checkpoint_path: {other} holds no checkpoint")
+    found.verify()
+    return found

@@ -1,0 +1,115 @@
+"""Where a run stands, and how it goes to disk and comes back: weights, masters, optimizer, position in the data."""
+
+import platform
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from pentode import log
+from pentode.checkpoint.layout import Saved
+from pentode.checkpoint.load import Checkpoint
+from pentode.checkpoint.save import save
+from pentode.config.dump import to_yaml
+from pentode.errors import CheckpointError
+from pentode.parallel.spec import ParamSpec, specs_of
+from pentode.run.build import Run
+from pentode.version import VERSION
+
+
+@dataclass
+class TrainState:
+    """Counts that decide the next step.
+
+    step              updates done
+    consumed_samples  samples seen by the whole run
+    stage_samples     samples each data stage has given, by its name
+    fingerprints      of each stage's data, by its name
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    stage_samples: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def advance(self, run: Run) -> None:
+        """Count one step as done."""
+        stage, samples = run.feed.stage, run.config.global_batch_size
+        self.step += 1
+        self.consumed_samples += samples
+        self.consumed_tokens += samples * stage.sequence_length
+        self.stage_samples[stage.name] = self.stage_samples.get(stage.name, 0) + samples
+        self.fingerprints[stage.name] = run.feed.data.fingerprint
+
+
+def save_state(run: Run, state: TrainState, root: Path) -> Path:
+    """Write a checkpoint of the run as it stands after `state.step` updates; returns its folder."""
+    general = replace(run.config.general, step=state.step, consumed_train_samples=state.consumed_samples)
+    files = {"config.yaml": to_yaml(replace(run.config, general=general)).encode()}
+    if run.feed.tokenizer is not None:
+        files |= run.feed.tokenizer.files()
+    return save(
+        root,
+        step=state.step,
+        groups={"weights": _weights(run), "optimizer": _optimizer(run)},
+        state={
+            "train": asdict(state),
+            "updates": int(run.optimizer.updates),
+            "versions": {"pentode": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        },
+        files=files,
+    )
+
+
+def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts: bool = True) -> TrainState:
+    """Read a checkpoint into the run.
+
+    Without `optimizer` only the weights are taken; without `counts` the run starts at step 1 of its schedule and data.
+    """
+    log.info(f"Loading weights from {checkpoint.folder}")
+    if optimizer:
+        checkpoint.read("weights", _weights(run))
+        checkpoint.read("optimizer", _optimizer(run))
+        run.optimizer.updates.fill_(checkpoint.state["updates"])
+    else:
+        checkpoint.read("weights", _weights(run))
+        run.master.adopt_weights()
+    return TrainState(**checkpoint.state["train"]) if counts else TrainState()
+
+
+def check_data(run: Run, state: TrainState) -> None:
+    """Refuse to go on with a stage whose data is not what it was trained on so far."""
+    stage = run.feed.stage_at(state.step + 1)
+    if stage.name in state.fingerprints:
+        found, before = run.feed.open(state.step + 1).fingerprint, state.fingerprints[stage.name]
+        if found != before:
+            raise CheckpointError(
+                f"data_stages: the data of {stage.name!r} is not what step {state.step} was trained on (fingerprint "
+                f"{found[:12]}, then {before[:12]}); give the new data a stage of its own, or start over with --fresh"
+            )
+
+
+def _saved(tensor: torch.Tensor, spec: ParamSpec) -> Saved:
+    return Saved(tensor, spec.global_shape, spec.boxes())
+
+
+def _weights(run: Run) -> dict[str, Saved]:
+    return {
+        name: _saved(parameter.detach(), parameter.spec)
+        for model in run.stages.values()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _optimizer(run: Run) -> dict[str, Saved]:
+    """fp32 masters (where they are not the weights themselves) and the optimizer's own tensors, by kind and name."""
+    specs = {name: spec for model in run.stages.values() for name, spec in specs_of(model).items()}
+    found = {}
+    if not run.master.shares_storage:
+        for name, tensor in run.master.weights.items():
+            found[f"master/{name}"] = _saved(tensor, specs[name])
+    for name, tensors in run.optimizer.state().items():
+        for kind, tensor in tensors.items():
+            found[f"{kind}/{name}"] = _saved(tensor, specs[name])
+    return found
