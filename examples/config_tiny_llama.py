@@ -72,10 +72,5 @@ CONFIG = Config(
 )
 
 
-def main(path: Path = Path(__file__).with_suffix(".yaml")) -> None:
-    """Write the config to `path`."""
-    path.write_text(HEADER + to_yaml(CONFIG), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_suffix(".yaml").write_text(HEADER + to_yaml(CONFIG), encoding="utf-8")

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 def _complete_override(incomplete: str) -> list[str]:
-    from pentode.config.schema import field_paths
+    from pentode.config.editor import field_paths
 
     return [f"{path}=" for path in field_paths() if path.startswith(incomplete)]
 
@@ -53,9 +53,9 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="remove the run in checkpoints_path and start over")] = False,
 ) -> None:
     """Train the model that FILE describes; the same command again goes on where the run stopped."""
-    from pentode.config.load import load_config
+    from pentode.config.load import load_with_notes
 
-    config = load_config(file, overrides or [])
+    config, notes = load_with_notes(file, overrides or [])
     if nproc > 1:
         from pentode.dist.launch import start_local
 
@@ -66,7 +66,7 @@ def train(
     from pentode.report.page import write_report
     from pentode.train.start import start
 
-    start(config, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
+    start(config, notes=notes, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
 
 
 @app.command()
@@ -80,7 +80,7 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="draw from the likeliest tokens of total p")
     ] = None,
     seed: Annotated[int, typer.Option()] = 42,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Annotated[str, typer.Option(help="as general.device in a config")] = "auto",
 ) -> None:
     """Write text with a trained model."""
     from pentode import log
@@ -96,10 +96,11 @@ def generate(
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Validate FILE and print what it means: batch arithmetic, parameters, tokens."""
-    from pentode.config.load import load_config
+    from pentode.config.load import load_with_notes
     from pentode.config.meaning import meaning
 
-    for line in meaning(load_config(file, overrides or [])):
+    config, notes = load_with_notes(file, overrides or [])
+    for line in [*meaning(config), *(f"note: {note}" for note in notes)]:
         typer.echo(line)
 
 
@@ -108,7 +109,7 @@ def schema() -> None:
     """Print the config's JSON Schema, from which editors complete and check."""
     import json
 
-    from pentode.config.schema import json_schema
+    from pentode.config.editor import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 

@@ -9,6 +9,9 @@ import torch
 from pentode.errors import ConfigError
 
 
+NAMES = ("auto", "cpu", "cuda")
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes in use now, and at most since the last `reset_peak_memory`.
@@ -23,6 +26,8 @@ class Memory:
 
 def pick(name: str, *, local_rank: int = 0) -> torch.device:
     """The device that the config names: "auto" is a GPU where there is one."""
+    if name not in NAMES:
+        raise ConfigError([f"general.device: {name!r} is not one of {', '.join(NAMES)}"])
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ConfigError(["general.device: cuda, but torch finds no GPU here; use device cpu, or auto"])

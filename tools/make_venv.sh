@@ -1,10 +1,11 @@
 #!/bin/sh
 # Makes .venv with the versions of constraints.txt, or brings it up to date. `make setup` calls it; PYTHON=... chooses
-# the interpreter. .venv/.ready holds the folder that a finished .venv was made in: a copied one names another folder,
-# and what was interrupted has none and is made again.
+# the interpreter. .venv/.ready holds the folder that a finished .venv was made in, so that a copied one is told from it;
+# .venv/.unfinished marks one that was interrupted. Both are made again; a .venv with neither is somebody's own.
 set -eu
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
+PATH=$(echo ":$PATH:" | sed "s|:$here/.venv/bin:|:|g") # an activated .venv must not make itself again
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -31,12 +32,20 @@ warn_of_gpu_build() {
 
 if [ "$(cat .venv/.ready 2>/dev/null)" != "$here" ] || ! new_enough .venv/bin/python; then
     python=$(find_python)
+    if [ -e .venv ] && [ ! -e .venv/.ready ] && [ ! -e .venv/.unfinished ]; then
+        aside=.venv.$(date +%Y%m%d-%H%M%S)
+        echo "setup: the .venv here was not made by make; it is $aside now"
+        mv .venv "$aside"
+    fi
     rm -rf .venv
     echo "setup: making .venv with $("$python" --version); torch is large, this takes a minute or more"
+    mkdir .venv
+    touch .venv/.unfinished
     "$python" -m venv .venv
 else
     echo "setup: bringing .venv up to date"
 fi
+touch .venv/.unfinished
 rm -f .venv/.ready
 
 # The build backend comes first, so that the package itself is built without a network. Not compiling what may never be
@@ -46,5 +55,6 @@ install="$pip install -qq --no-compile -c constraints.txt"
 warn_of_gpu_build
 $install hatchling editables
 $install --no-build-isolation -e ".[dev]"
+rm .venv/.unfinished
 echo "$here" >.venv/.ready
 echo "setup: done"

@@ -200,7 +200,7 @@ def json_bytes(what: Mapping[str, object]) -> bytes:
 def parse_json(data: bytes) -> dict[str, Any]:
     """Strict JSON: an object, without NaN or repeated keys; else ValueError."""
     try:
-        found = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        found = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):

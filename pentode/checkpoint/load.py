@@ -34,11 +34,14 @@ from pentode.errors import CheckpointError
 
 MANIFEST_LIMIT = 64 * 2**20  # bytes
 HEADER_LIMIT = 100 * 2**20  # bytes, as in the safetensors library
-USE_ANOTHER = "restore the checkpoint from a copy, or use another"
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is not what was saved; an older one may be."""
+    """A checkpoint that is not what was saved; an older one may be. `what` is the message without its remedy."""
+
+    def __init__(self, what: str, *, remedy: str = "restore the checkpoint from a copy, or use another") -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Checkpoint:
         for name, saved in into.items():
             filled = sum(_copy(part, saved) for part in there[name])
             if filled != sum(prod(box.shape) for box in saved.boxes):
-                raise DamagedError(f"{self}: {name} is not whole, or parts of it are there twice; {USE_ANOTHER}")
+                raise DamagedError(f"{self}: {name} is not whole, or parts of it are there twice")
 
     def __str__(self) -> str:
         return f"checkpoint {self.step} in {self.folder.parent}"
@@ -95,11 +98,11 @@ class Checkpoint:
         try:
             size = _regular_size(path)
             if size != facts.size:
-                raise DamagedError(f"{self}: {name} has {size:,} bytes, not {facts.size:,}; {USE_ANOTHER}")
+                raise DamagedError(f"{self}: {name} has {size:,} bytes, not {facts.size:,}")
             if storage.hash_file(path) != facts:
-                raise DamagedError(f"{self}: {name} is damaged, its checksum is wrong; {USE_ANOTHER}")
+                raise DamagedError(f"{self}: {name} is damaged, its checksum is wrong")
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{self}: {name} cannot be read ({_reason(error)}); {USE_ANOTHER}") from error
+            raise DamagedError(f"{self}: {name} cannot be read ({_reason(error)})") from error
         self.proven.add(name)
 
     def _files_of(self, group: str) -> list[Path]:
@@ -110,7 +113,7 @@ class Checkpoint:
             raise CheckpointError(f"{self}: it has no {group}")
         world = int(found[0][2])
         if [(int(match[1]), int(match[2])) for match in found] != [(rank, world) for rank in range(world)]:
-            raise DamagedError(f"{self}: {group} should be {world} files, one per rank; {USE_ANOTHER}")
+            raise DamagedError(f"{self}: {group} should be {world} files, one per rank")
         return [self.folder / match[0] for match in found]
 
     def _header(self, path: Path) -> tuple[int, list[Entry]]:
@@ -124,7 +127,7 @@ class Checkpoint:
                     raise ValueError(f"its header claims {length:,} bytes")
                 return 8 + length, parse_header(file.read(length), data_size=size - 8 - length)
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{self}: {path.name}: {_reason(error)}; {USE_ANOTHER}") from error
+            raise DamagedError(f"{self}: {path.name}: {_reason(error)}") from error
 
     def _compare(self, group: str, there: Mapping[str, Entry], here: Mapping[str, Saved]) -> None:
         for name in sorted(here.keys() - there.keys()):
@@ -158,16 +161,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except FileNotFoundError as error:
         inside = [step.name for step in steps(folder)] if folder.is_dir() else []
         remedy = f"give the folder of a step: {', '.join(inside)}" if inside else "give the folder of a step"
-        raise DamagedError(f"{folder}: it has no {MANIFEST}, so it is no checkpoint; {remedy}") from error
+        raise DamagedError(f"{folder}: it has no {MANIFEST}, so it is no checkpoint", remedy=remedy) from error
     except NewerFormatError as error:
         raise CheckpointError(f"{path}: {error}; use the Pentode that wrote it, or a newer one") from error
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: {_reason(error)}; {USE_ANOTHER}") from error
+        raise DamagedError(f"{path}: {_reason(error)}") from error
     checkpoint = Checkpoint(folder, manifest)
     try:
         checkpoint.state.update(parse_json(checkpoint.file(STATE)))
     except ValueError as error:
-        raise DamagedError(f"{folder / STATE}: {_reason(error)}; {USE_ANOTHER}") from error
+        raise DamagedError(f"{folder / STATE}: {_reason(error)}") from error
     return checkpoint
 
 
@@ -186,7 +189,7 @@ def newest(root: Path, *, quarantine: bool = False) -> Checkpoint | None:
             damaged.append((folder, error))
             continue
         for bad, error in damaged:
-            log.warning(f"{error}; going on from step {checkpoint.step}")
+            log.warning(f"{error.what}; going on from step {checkpoint.step}")
             if quarantine:
                 with storage.explained(root):
                     storage.rename(bad, bad.with_name(f".bad-{bad.name}-{secrets.token_hex(4)}"))

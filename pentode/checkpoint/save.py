@@ -32,8 +32,7 @@ from pentode.checkpoint.layout import (
     header,
     json_bytes,
 )
-from pentode.checkpoint.load import open_checkpoint, steps
-from pentode.errors import CheckpointError
+from pentode.checkpoint.load import DamagedError, open_checkpoint, steps
 
 PASSING = re.compile(r"\.(tmp|old|trash)-([a-z0-9]+)-[0-9a-f]{8}", re.ASCII)
 RUN_FILES = (
@@ -45,6 +44,8 @@ RUN_FILES = (
     "sample.txt",
     "logs/rank-*.log",
     ".bad-*",
+    ".metrics.jsonl.tmp",
+    ".report.html.tmp",
 )
 
 
@@ -145,9 +146,9 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> Path:
     try:
         present = open_checkpoint(folder)
         present.verify()
-    except CheckpointError as error:
+    except DamagedError as error:
         aside = folder.with_name(_passing("bad", manifest.step))
-        log.warning(f"{error}; it is replaced and kept as {aside.name}")
+        log.warning(f"{error.what}; it is replaced and kept as {aside.name}")
     else:
         if present.manifest == manifest:
             storage.remove(temporary)

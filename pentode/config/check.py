@@ -97,10 +97,7 @@ def _values(node: Any, pattern: Sequence[str], path: str) -> Iterator[tuple[str,
 
 def _heads(c: Config) -> Found:
     shape, where = c.model.model_config, "model.model_config"
-    width, heads, kv = {
-        LlamaConfig: ("hidden_size", "num_attention_heads", "num_key_value_heads"),
-        GPT2Config: ("n_embd", "n_head", "n_head"),
-    }[type(shape)]
+    width, heads, kv = shape.WIDTH, shape.HEADS, shape.KV_HEADS
     if shape.width % shape.heads:
         yield f"{where}.{heads}", f"{shape.heads} does not divide {where}.{width}={shape.width}"
     elif isinstance(shape, LlamaConfig) and shape.head_dim % 2:

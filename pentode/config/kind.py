@@ -58,7 +58,7 @@ def _choose(tree: Section, kinds: list[Any]) -> Any:
         if named:
             return named[0]
         if said in NOT_BUILT:
-            return f"{NOT_BUILT[said]} are not built yet; {names} is"
+            return f"{NOT_BUILT[said]} are not built yet; use {names}"
         return f"{word} {said!r} is unknown; use {names}"
 
     shared = set.intersection(*(set(fields_of(kind)) for kind in kinds))

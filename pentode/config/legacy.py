@@ -176,10 +176,9 @@ def _unflatten(tree: Section) -> Iterator[Problem]:
             _write(tree, dotted, value, place)
     if get(tree, "checkpoints.save_final_state") is False:
         _write(tree, "checkpoints.checkpoint_interval", NEVER, place_of(tree, ("checkpoints", "save_final_state")))
-    base = tree_of(FLAT_BASE)
+    lay_under(tree, tree_of(FLAT_BASE))
     if get(tree, "model.model_config.vocab_size") == 256:  # "for byte-level tokenization", says the guide
-        assign(base, path_of("data_stages.0.data.dataset.tokenization"), "byte", place=None)
-    lay_under(tree, base)
+        _write(tree, "data_stages.0.data.dataset.tokenization", "byte", None)
 
 
 def _write(tree: Section, dotted: str, value: Any, place: Place | None) -> None:

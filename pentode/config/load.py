@@ -7,7 +7,18 @@ from typing import Any
 from pentode.config import check, legacy, yaml_reader
 from pentode.config.kind import settle
 from pentode.config.schema import Config
-from pentode.config.tree import COMMAND_LINE, Items, Place, Section, assign, lay_under, path_of, place_of, tree_of
+from pentode.config.tree import (
+    COMMAND_LINE,
+    Items,
+    Place,
+    Problem,
+    Section,
+    assign,
+    lay_under,
+    path_of,
+    place_of,
+    tree_of,
+)
 from pentode.config.validate import validate
 from pentode.errors import ConfigError
 
@@ -60,12 +71,17 @@ def _config(
     else:
         problems.extend(check.find(config))
     if not_applied or problems or config is None:
-        default = Place(source) if source else None
-        placed = [(place_of(tree, problem.path, default=default), problem) for problem in dict.fromkeys(problems)]
-        placed.sort(key=lambda item: item[0] or Place(""))
-        raise ConfigError(not_applied + [f"{place}: {problem}" if place else str(problem) for place, problem in placed])
+        raise ConfigError(not_applied + _lines(tree, problems, source=source))
     notes = former.notes + check.warnings(config)
     return config, [f"{source}: {note}" if source else note for note in notes]
+
+
+def _lines(tree: Section, problems: Sequence[Problem], *, source: str | None) -> list[str]:
+    """Each problem once, behind its place, in the file's order."""
+    default = Place(source) if source else None
+    placed = [(place_of(tree, problem.path, default=default), problem) for problem in dict.fromkeys(problems)]
+    placed.sort(key=lambda item: (item[0] or Place(""), str(item[1])))
+    return [f"{place}: {problem}" if place else str(problem) for place, problem in placed]
 
 
 def _override(tree: Section, overrides: Sequence[str]) -> Iterator[str]:

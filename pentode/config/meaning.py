@@ -1,53 +1,80 @@
-"""What a config means, in words: parameters, batch arithmetic, tokens, stages. For `pentode check`."""
+"""What a config means in numbers: batch arithmetic, parameters, tokens, operations. `pentode check` prints it."""
 
 from collections.abc import Iterator
 
-from pentode.config.check import warnings
 from pentode.config.schema import Config
 
+UNITS = ("", "K", "M", "G", "T", "P", "E", "Z")
 
-def meaning(config: Config) -> Iterator[str]:
-    """One line for each thing that the numbers of a config amount to."""
-    yield _model(config)
-    tokens, p = config.tokens, config.parallelism
-    batch = config.global_batch_size
-    yield (
-        f"step: {tokens.micro_batch_size} sequences x {tokens.batch_accumulation_per_replica} micro-batches x "
-        f"dp={p.dp} = {batch:,} sequences of {tokens.sequence_length:,} tokens = {config.global_batch_size_in_tokens:,} tokens"
+
+def meaning(config: Config) -> list[str]:
+    """Lines of `name  value  (how it comes about)`."""
+    return [f"{name:<22} {value}" for name, value in _facts(config)]
+
+
+def _facts(c: Config) -> Iterator[tuple[str, str]]:
+    shape, tokens, p = c.model.model_config, c.tokens, c.parallelism
+    yield "model", f"{shape.type}: {shape.num_layers} layers, width {shape.width}, {shape.heads} heads"
+    yield from _parameters(c)
+    yield "processes", f"{c.world_size} = pp {p.pp} x dp {p.dp} x cp {p.context_parallel_size} x tp {p.tp}"
+    batch = c.global_batch_size
+    product = (
+        f"micro-batch {tokens.micro_batch_size} x accumulation {tokens.batch_accumulation_per_replica} x dp {p.dp}"
     )
-    yield f"processes: pp={p.pp} x dp={p.dp} x cp={p.context_parallel_size} x tp={p.tp} = {config.world_size}"
-    yield from _stages(config)
-    if tokens.val_check_interval > 0:
-        limit = f"{tokens.limit_val_batches} micro-batches" if tokens.limit_val_batches else "all that is held out"
-        yield f"validation: every {tokens.val_check_interval} steps, {limit}"
-    yield f"checkpoints: every {config.checkpoints.checkpoint_interval} steps, in {config.checkpoints.checkpoints_path}"
-    for warning in warnings(config):
-        yield f"note: {warning}"
+    yield "global batch", f"{batch} sequences = {product}"
+    yield "", f"{c.global_batch_size_in_tokens:,} tokens, at {tokens.sequence_length} a sequence"
+    steps = tokens.train_steps
+    yield "run", f"{steps:,} steps, {_tokens(c):,} tokens"
+    if shape.vocab_size > 0:
+        yield (
+            "operations",
+            f"{shape.flops_per_sequence(tokens.sequence_length) * batch * steps:.3g} FLOP, attention in full",
+        )
+    for stage, last in zip(c.data_stages, _last_steps(c), strict=True):
+        kind = "dummy data" if stage.data.dataset is None else stage.data.dataset.type
+        yield "stage", f"{stage.name}: steps {stage.start_training_step} to {last}, {kind}"
+    rate = c.optimizer.learning_rate_scheduler
+    yield "optimizer", f"{c.optimizer.optimizer_factory.name}, learning rate {rate.learning_rate:g}"
+    yield "checkpoints", f"every {c.checkpoints.checkpoint_interval:,} steps in {c.checkpoints.checkpoints_path}"
 
 
-def _model(config: Config) -> str:
-    shape = config.model.model_config
-    sizes = f"{shape.num_layers} layers of width {shape.width}, {shape.heads} heads"
-    if shape.kv_heads != shape.heads:
-        sizes += f" ({shape.kv_heads} for keys and values)"
-    if shape.vocab_size == -1:
-        each = shape.parameter_count(2) - shape.parameter_count(1)
-        count = f"{shape.parameter_count(1) - each:,} parameters + {each:,} for each token of the data's vocabulary"
-    else:
-        length = config.tokens.sequence_length
-        flops = shape.flops_per_sequence(length) / length
-        sizes += f", vocabulary {shape.vocab_size:,}"
-        count = f"{shape.parameter_count():,} parameters, {flops:.3g} FLOPs for each token"
-    return f"model: {shape.type}, {sizes}: {count}, {config.model.dtype}"
+def _parameters(c: Config) -> Iterator[tuple[str, str]]:
+    shape = c.model.model_config
+    if shape.vocab_size < 0:
+        least = shape.parameter_count(1)
+        row = shape.parameter_count(2) - least
+        yield "parameters", f"{least - row:,} + {row:,} for each token of the vocabulary, which the data tells"
+        return
+    count = shape.parameter_count()
+    size = {"float64": 8, "float32": 4, "bfloat16": 2}[c.model.dtype]
+    yield "parameters", f"{count:,} ({_human(count)}), {_human(count * size)}B as {c.model.dtype}"
+    adam = 2 if c.optimizer.optimizer_factory.name == "adamW" else 0
+    wide = max(size, 4)
+    master = 0 if size >= 4 else wide
+    gradient = wide if c.optimizer.accumulate_grad_in_fp32 else size
+    total = size + master + gradient + adam * wide
+    yield "", f"{_human(count * total)}B with gradients, masters and optimizer: {total} bytes a parameter"
 
 
-def _stages(config: Config) -> Iterator[str]:
-    starts = [stage.start_training_step for stage in config.data_stages] + [config.tokens.train_steps + 1]
-    total = 0
-    for stage, first, after in zip(config.data_stages, starts, starts[1:], strict=False):
-        length = stage.sequence_length or config.tokens.sequence_length
-        tokens = (after - first) * config.global_batch_size * length
-        total += tokens
-        dataset = "dummy data" if stage.data.dataset is None else stage.data.dataset.type
-        yield f"stage {stage.name!r}: steps {first} to {after - 1}, {dataset}, {tokens:,} tokens"
-    yield f"run: {config.tokens.train_steps:,} steps, {total:,} tokens"
+def _tokens(c: Config) -> int:
+    """Tokens of the whole run; stages may have lengths of their own."""
+    return sum(
+        (last - stage.start_training_step + 1)
+        * c.global_batch_size
+        * (stage.sequence_length or c.tokens.sequence_length)
+        for stage, last in zip(c.data_stages, _last_steps(c), strict=True)
+    )
+
+
+def _last_steps(c: Config) -> list[int]:
+    """Each stage's last step."""
+    starts = [stage.start_training_step for stage in c.data_stages]
+    return [start - 1 for start in starts[1:]] + [c.tokens.train_steps]
+
+
+def _human(count: float) -> str:
+    power = 0
+    while count >= 1000 and power < len(UNITS) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.3g}{UNITS[power]}"

@@ -8,7 +8,7 @@ from pentode.config.schema import DatasetStageArgs, TokenizerArgs
 from pentode.data.sources.dummy import DummySource
 from pentode.data.sources.hf_text import open_hf_text
 from pentode.data.sources.text_file import open_text_file
-from pentode.data.tokenizer import Tokenizer, load_tokenizer
+from pentode.data.tokenizer import Tokenizer, installed_version, load_tokenizer
 from pentode.data.windows import Source
 from pentode.errors import DataError
 
@@ -50,6 +50,7 @@ class StageData:
             case TextFileDatasetArgs() as args:
                 opened = StageData(*open_text_file(args.text_file, tokenization=args.tokenization, **shape))
             case PretrainDatasetsArgs() as args:
+                log.info("Using `datasets` library")
                 tokenizer = _tokenizer(tokenizer_args)
                 opened = StageData(*open_hf_text(args, tokenizer=tokenizer, **shape), tokenizer)
             case other:
@@ -76,4 +77,6 @@ def _open_dummy(*, sequence_length: int, validation_fraction: float, vocab_size:
 def _tokenizer(args: TokenizerArgs | None) -> Tokenizer:
     if args is None or args.tokenizer_name_or_path is None:
         raise DataError("tokenizer.tokenizer_name_or_path: is null; text datasets need a folder with a tokenizer.json")
+    versions = tuple(map(installed_version, ("transformers", "huggingface_hub")))
+    log.info(f"Loading tokenizer from {args.tokenizer_name_or_path} and transformers/hf_hub versions {versions}")
     return load_tokenizer(args.tokenizer_name_or_path)

@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from pentode import log
 from pentode.data.files import read_bytes, reason
 from pentode.data.windows import fingerprint_of, token_dtype
 from pentode.errors import DataError
@@ -174,8 +173,6 @@ def load_tokenizer(name: str) -> Tokenizer:
         return HFTokenizer(_read_files(path.joinpath), name=name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DataError(f"{name}: no such file or folder; a tokenizer is a folder with a tokenizer.json, or that file")
-    versions = tuple(_version(package) for package in ("transformers", "huggingface_hub"))
-    log.info(f"Loading tokenizer from {name} and transformers/hf_hub versions {versions}")
     return HFTokenizer(_read_files(lambda file: _from_hub(name, file)), name=name)
 
 
@@ -222,7 +219,8 @@ def _from_hub(name: str, file: str) -> Path | None:
         return None
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, None if it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from pentode import log
 from pentode.generate.engine import Sampling
 from pentode.generate.text import continue_text
 from pentode.run.build import Run
 
 SAMPLE = Sampling(max_new_tokens=400, temperature=0.8, top_k=40)
-PROMPT = "The "
+PROMPT_TOKENS = 16  # of the data's own beginning: every vocabulary can say it
 
 
 def closing_sample(run: Run, root: Path) -> None:
@@ -16,13 +18,15 @@ def closing_sample(run: Run, root: Path) -> None:
     tokenizer = run.feed.tokenizer
     if tokenizer is None or run.world.rank != 0:
         return
+    source = run.feed.data.validation or run.feed.data.train
+    prompt = tokenizer.decode(source.samples(np.zeros(1, dtype=np.int64))[0, :PROMPT_TOKENS].tolist())
     text = continue_text(
         run.stages[0],
         tokenizer,
-        PROMPT,
+        prompt,
         sampling=SAMPLE,
         max_positions=run.config.model.model_config.max_positions,
         device=run.device,
     )
     (root / "sample.txt").write_text(text, encoding="utf-8")
-    log.info(f"Sample, after {PROMPT!r}:\n{text}")
+    log.info(f"Sample, going on from {prompt!r}:\n{text}")

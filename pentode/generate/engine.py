@@ -3,65 +3,60 @@
 B sequences of equal length, S tokens in each, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from pentode.generate.sampling import next_tokens
+from pentode.generate.sampling import Sampling, next_tokens
 from pentode.nn.cache import Cache
 from pentode.nn.causal_lm import CausalLM
 from pentode.parallel.batch import Batch
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; `temperature` 0 is greedy. The same seed draws the same tokens."""
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 42
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: CausalLM, tokens: Tensor, *, sampling: Sampling, max_positions: int, eos_id: int | None = None
 ) -> Tensor:
     """Continue `tokens` [B, S], at least one each, on the model's device -> [B, S + n], n <= max_new_tokens.
 
-    Ends when every sequence has drawn `eos_id`, which also fills up those that ended before the others. A text that
-    outgrows the model's `max_positions` is read again from its last half, so that generation never ends for that.
+    Ends when every sequence has drawn `eos_id`, which also fills up those that ended before the others. Of a text
+    longer than `max_positions` the end is read; one that outgrows them is read again from its last half, so that
+    generation never ends for that.
     """
-    if tokens.shape[1] == 0:
-        raise ValueError("generate: the prompt has no token; give at least one")
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"generate: tokens are {list(tokens.shape)}; give [sequences, tokens], at least one token each")
+    least, most = (int(end) for end in tokens.aminmax())
+    if least < 0 or most >= model.vocab.size:
+        odd = least if least < 0 else most
+        raise ValueError(f"generate: token id {odd} is beyond the model's vocabulary of {model.vocab.size}")
     was_training = model.training
     model.eval()
+    try:
+        return _continue(model, tokens, sampling, max_positions, eos_id)
+    finally:
+        model.train(was_training)
+
+
+def _continue(
+    model: CausalLM, tokens: Tensor, sampling: Sampling, max_positions: int, eos_id: int | None
+) -> Tensor:
+    rows = tokens.shape[0]
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
-    ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    context, cache = tokens[:, -max_positions:], None
-    for _ in range(sampling.max_new_tokens):
-        if cache is None or cache.length == max_positions:
-            if cache is not None:
-                context = tokens[:, -max(max_positions // 2, 1) :]
-            cache = model.empty_cache(tokens.shape[0], max_positions)
-        logits = model.logits(None, _after(cache, context), cache, last_only=True)  # [B, V]
-        drawn = next_tokens(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            generator=generator,
-        )
+    ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)
+    cache, unread = None, tokens[:, -max_positions:]
+    for left in range(sampling.max_new_tokens, 0, -1):
+        if cache is not None and cache.length == max_positions:
+            cache, unread = None, tokens[:, -max(max_positions // 2, 1) :]
+        if cache is None:
+            cache = model.empty_cache(rows, min(unread.shape[1] + left - 1, max_positions))  # the last is never read
+        logits = model.logits(None, _after(cache, unread), cache, last_only=True)  # [B, V]
+        drawn = next_tokens(logits, sampling=sampling, generator=generator)
         if eos_id is not None:
             drawn = drawn.masked_fill(ended, eos_id)
             ended |= drawn == eos_id
-        context = drawn[:, None]
-        tokens = torch.cat((tokens, context), dim=1)
+        unread = drawn[:, None]
+        tokens = torch.cat((tokens, unread), dim=1)
         if eos_id is not None and bool(ended.all()):
             break
-    model.train(was_training)
     return tokens
 
 

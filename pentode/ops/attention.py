@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pentode.ops.dropout import apply_mask, keep_mask
+from pentode.ops.dropout import DRAWS, keep_mask, kept_scale
+from pentode.ops.random import bits
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,16 +35,19 @@ def attention_with_dropout(
     head_start  the global number of the first query head, where heads are cut
     """
     B, S, H, E = q.shape
-    N = k.shape[1]
-    repeat = H // k.shape[2]
-    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * E**-0.5  # [B, H, S, N]
-    scores = scores.masked_fill(~_visible(S, N, q.device), -torch.inf)
-    probabilities = scores.softmax(dim=-1, dtype=wide)
-    keep = keep_mask(p, keys=keys, site=site, features=range(head_start * N, (head_start + H) * N))
-    probabilities = apply_mask(probabilities, keep.view(B, S, H, N).transpose(1, 2), p)
-    return (probabilities.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+    N, repeat = k.shape[1], H // k.shape[2]
+    q, k, v = (
+        t.transpose(1, 2).flatten(0, 1) for t in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
+    )
+    hidden = q.new_zeros(S, N).masked_fill_(~_visible(S, N, q.device), -torch.inf)
+    scores = torch.baddbmm(hidden.expand(B * H, S, N), q, k.transpose(1, 2), alpha=E**-0.5)  # [B * H, S, N]
+    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+    per_head = -(-N // DRAWS)  # each head begins a group, so that any part of the heads draws whole groups
+    groups = torch.arange(head_start * per_head, (head_start + H) * per_head, device=q.device)
+    keep = keep_mask(p, keys=bits(keys, site).view(B, 1, S, 1), groups=groups.view(H, 1, per_head))
+    kept = probabilities.where(keep[..., :N].flatten(0, 1), 0)
+    y = torch.bmm(kept, v) * kept_scale(p)  # scaled here, where there are fewer numbers
+    return y.unflatten(0, (B, H)).transpose(1, 2)
 
 
 def _visible(queries: int, keys: int, device: torch.device) -> Tensor:

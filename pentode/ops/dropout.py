@@ -7,7 +7,7 @@ save; and it traces under torch.compile. One 64-bit hash serves four neighbourin
 import torch
 from torch import Tensor
 
-from pentode.ops.random import GAMMA, bits, mix
+from pentode.ops.random import bits
 
 DRAWS = 4  # 16-bit numbers in one hash; must not depend on the layout
 LEVELS = 1 << 16
@@ -16,7 +16,7 @@ LEVELS = 1 << 16
 def token_keys(samples: Tensor, positions: Tensor, seed: Tensor) -> Tensor:
     """A key for each token from its sample's number [B] and its position [T]; `seed` is 0-d int64.  # [T] int64"""
     rows = bits(samples, seed).repeat_interleave(positions.numel() // samples.numel())
-    return mix(rows + positions * GAMMA)
+    return bits(positions, rows)
 
 
 def dropout(x: Tensor, p: float, *, keys: Tensor, site: int | Tensor, feature_start: int = 0) -> Tensor:
@@ -28,23 +28,23 @@ def dropout(x: Tensor, p: float, *, keys: Tensor, site: int | Tensor, feature_st
     """
     if p == 0:
         return x
-    keep = keep_mask(p, keys=keys, site=site, features=range(feature_start, feature_start + x.shape[1]))
-    return apply_mask(x, keep, p)
+    first, stop = feature_start, feature_start + x.shape[1]
+    groups = torch.arange(first // DRAWS, -(-stop // DRAWS), device=x.device)
+    keep = keep_mask(p, keys=bits(keys, site)[:, None], groups=groups)  # [T, DRAWS * groups]
+    return (x * kept_scale(p)).where(keep.narrow(1, first % DRAWS, stop - first), 0)
 
 
-def keep_mask(p: float, *, keys: Tensor, site: int | Tensor, features: range) -> Tensor:
-    """True where dropout with probability p keeps the feature of the token.  # [T, len(features)] bool"""
-    first_group, last_group = features.start // DRAWS, -(-features.stop // DRAWS)
-    groups = torch.arange(first_group, last_group, device=keys.device)
-    hashes = bits(groups, bits(keys, site)[:, None])  # [T, groups]
-    draws = hashes.view(torch.int16).narrow(1, features.start - first_group * DRAWS, len(features))
-    return draws >= _dropped_levels(p) - LEVELS // 2
+def keep_mask(p: float, *, keys: Tensor, groups: Tensor) -> Tensor:
+    """True where dropout with probability p keeps; each key and each number of a group give DRAWS neighbours.
+
+    keys [..., 1] and groups [..., G], both int64 and broadcast together -> [..., DRAWS * G] bool
+    """
+    return bits(groups, keys).view(torch.int16) >= _dropped_levels(p) - LEVELS // 2
 
 
-def apply_mask(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    """x where kept, scaled so that its mean stays what it was; 0 elsewhere."""
-    # Scaled by the rate that the 16-bit draws really have, so that the mean is exact for every p.
-    return torch.where(keep, x * (LEVELS / (LEVELS - _dropped_levels(p))), 0.0)
+def kept_scale(p: float) -> float:
+    """What to multiply by after `keep_mask`, so that the mean stays: 1 / the rate that 16-bit draws really keep."""
+    return LEVELS / (LEVELS - _dropped_levels(p))
 
 
 def _dropped_levels(p: float) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pentode import log
 from pentode.optim import fused
 from pentode.optim.master import FlatGroup
 
@@ -35,6 +36,8 @@ class AdamW:
     def __init__(self, flat: Sequence[FlatGroup], *, betas: tuple[float, float], eps: float, use_fused: bool) -> None:
         self.betas, self.eps = betas, eps
         self.fused = use_fused and all(fused.usable(group.weight) for group in flat)
+        if use_fused and not self.fused:
+            log.once("optimizer: this torch has no fused AdamW for this device and dtype; the plain form is used")
         self.updates = torch.zeros((), device=flat[0].weight.device)
         self._moments = [(group, torch.zeros_like(group.weight), torch.zeros_like(group.weight)) for group in flat]
         self._slices = [

@@ -1,15 +1,13 @@
 """torch's fused AdamW over a list of tensors: the only caller of that private operator."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def adamw_(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    moments: tuple[list[Tensor], list[Tensor]],
     *,
     updates: Tensor,
     learning_rate: float,

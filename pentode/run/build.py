@@ -29,7 +29,11 @@ MIB = 2**20
 
 @dataclass
 class Run:
-    """A run's parts. `config` is complete: a vocabulary size taken from the data is filled in."""
+    """A run's parts.
+
+    config   complete: a vocabulary size taken from the data is filled in
+    healthy  0-d bool on the device: whether every step so far was finite; after one that was not, none changes anything
+    """
 
     config: Config
     world: World
@@ -40,6 +44,7 @@ class Run:
     program: list[Action]
     master: MasterWeights
     optimizer: Optimizer
+    healthy: torch.Tensor
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -86,7 +91,8 @@ def assemble(config: Config, world: World, mesh: Mesh, device: torch.device, fee
     if compile_blocks([model], mode=config.model.compile, device=device):
         log.info("Compiling each kind of block once; the first step takes longer")
     program = one_stage(config.tokens.batch_accumulation_per_replica)
-    return Run(config, world, mesh, device, feed, {0: model}, program, master, optimizer)
+    healthy = torch.ones((), dtype=torch.bool, device=device)
+    return Run(config, world, mesh, device, feed, {0: model}, program, master, optimizer, healthy)
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> CausalLM:

@@ -41,8 +41,7 @@ def train(
             log.warning(f"Saving checkpoint at {root / str(state.step)}")
             save_state(run, state, root)
             saved = state.step
-            for refresh in after_save:
-                refresh(root)
+            refresh(after_save, root)
         journal.show_disk = True
 
     if checkpoints.save_initial_state and state.step == 0:
@@ -59,7 +58,7 @@ def train(
             with journal.meter.outside():
                 loss = validation_loss(run, run.feed.validation(state.step))
             journal.flush(val_loss=loss)
-        elif state.step % config.logging.iteration_step_info_interval == 0 or state.step in (1, last):
+        elif records_are_due(run, state.step):
             journal.flush()
         if state.step < FIRST_STEPS:
             log.info(memory_line(run.device))
@@ -86,6 +85,21 @@ def validation_is_due(run: Run, step: int) -> bool:
     """Whether the config asks for a validation loss after `step`: every so many steps, and after the last."""
     tokens = run.config.tokens
     return tokens.val_check_interval > 0 and (step % tokens.val_check_interval == 0 or step == tokens.train_steps)
+
+
+def records_are_due(run: Run, step: int) -> bool:
+    """Whether to read the numbers from the device now: always where that costs nothing, else when a line is printed."""
+    tokens, interval = run.config.tokens, run.config.logging.iteration_step_info_interval
+    return not devices.is_gpu(run.device) or step % interval == 0 or step in (1, tokens.train_steps)
+
+
+def refresh(views: Sequence[Callable[[Path], object]], root: Path) -> None:
+    """Bring reports and the like up to date; one that cannot be written must not end a run."""
+    for view in views:
+        try:
+            view(root)
+        except OSError as error:
+            log.warning(f"{root}: a report could not be written, training goes on ({error})")
 
 
 def announce(run: Run, state: TrainState) -> None:

@@ -15,7 +15,7 @@ from pentode.dist import launch
 from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.build import Run, build, initialise_weights
-from pentode.train.loop import train
+from pentode.train.loop import refresh, train
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, check_data, restore
 
@@ -24,10 +24,16 @@ AtEnd = Callable[[Run, Path], object]
 
 
 def start(
-    config: Config, *, fresh: bool = False, after_save: Sequence[AfterSave] = (), at_end: Sequence[AtEnd] = ()
+    config: Config,
+    *,
+    notes: Sequence[str] = (),
+    fresh: bool = False,
+    after_save: Sequence[AfterSave] = (),
+    at_end: Sequence[AtEnd] = (),
 ) -> None:
     """Train until `tokens.train_steps`, going on from the newest checkpoint in `checkpoints_path` if there is one.
 
+    notes       what the config's author should know, printed first
     fresh       remove the run that stands there, and begin again
     after_save  called with the run's folder after each checkpoint
     at_end      called with the run and its folder when training is complete
@@ -45,6 +51,8 @@ def start(
     if fresh:
         remove_run(root)
     log.to_file(root / "logs" / f"rank-{here.rank}.log")
+    for note in notes:
+        log.warning(note)
     try:
         with StopSignal() as stop:
             _train_in(root, config, here, stop, after_save, at_end)
@@ -84,8 +92,7 @@ def _train_in(
     for finish in at_end:
         finish(run, root)
     run.feed.close()
-    for refresh in after_save:
-        refresh(root)
+    refresh(after_save, root)
 
 
 def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root: Path) -> tuple[Run, TrainState]:

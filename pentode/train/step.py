@@ -18,18 +18,19 @@ from pentode.run.build import Run
 class StepResult:
     """What a step found, still on the device: nothing waits for the host until the log asks.
 
-    loss    0-d, mean over all valid tokens of the global batch
-    norm    0-d, of the whole gradient, before clipping
-    finite  0-d bool; where False, the step changed nothing
+    loss  0-d, mean over all valid tokens of the global batch
+    norm  0-d, of the whole gradient, before clipping
     """
 
     loss: Tensor
     norm: Tensor
-    finite: Tensor
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
-    """Forward and backward over the micro-batches, clip, update, publish. A step that is not finite changes nothing."""
+    """Forward and backward over the micro-batches, clip, update, publish.
+
+    A step whose loss or norm is not finite changes nothing, nor does any step after it (`Run.healthy`).
+    """
     tokens = valid_tokens(batches, run.mesh.data)
     run.master.start_step(len(batches))
     loss = run_program(run.program, run.stages, batches, scale=1 / tokens.to(run.loss_dtype))
@@ -37,11 +38,11 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
 
     loss = collectives.sum_(loss, run.mesh.data)
     norm = gradient_norm(run.master, run.mesh)
-    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    run.healthy &= torch.isfinite(loss) & torch.isfinite(norm)
     scale = clip_scale(norm, run.config.optimizer.clip_grad)
-    run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=finite)
+    run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy)
     run.master.publish()
-    return StepResult(loss, norm, finite)
+    return StepResult(loss, norm)
 
 
 def valid_tokens(batches: Sequence[Batch], data: Axis) -> Tensor:

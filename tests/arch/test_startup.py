@@ -17,7 +17,7 @@ TORCH = re.compile(r"\| +torch$", re.MULTILINE)  # a line of `python -X importti
 
 COMMANDS = {
     "help": (["--help"], HELP_SECONDS),
-    "help of train": (["train", "--help"], HELP_SECONDS),
+    "help of train": (["train", "--help"], CHECK_SECONDS),
     "schema": (["schema"], CHECK_SECONDS),
     "check": (["check", "examples/char_gpt.yaml"], CHECK_SECONDS),
 }

@@ -16,8 +16,8 @@ class Crash(BaseException):
 class FaultyOs:
     """`os`, whose changing call number `fail_at` raises: an OSError `code` once, or without one a Crash for good.
 
-    A write that fails has written half of its bytes; an fsync does nothing, to save the tests' time. `calls` counts, so that a run without a fault tells how many
-    places there are to fail at.
+    A write that fails has written half of its bytes; an fsync does nothing, to save the tests' time. `calls` counts,
+    so that a run without a fault tells how many places there are to fail at.
     """
 
     def __init__(self, *, fail_at: int | None = None, code: int | None = None) -> None:

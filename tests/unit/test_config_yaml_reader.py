@@ -1,12 +1,14 @@
 """The restricted YAML reader: what it reads, what it refuses, and that it never fails in another way."""
 
 import math
+import re
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pentode.config.dump import Dumper
 from pentode.config.tree import Items, Place, Section
 from pentode.config.yaml_reader import MAX_BYTES, MAX_DEPTH, read
 from pentode.errors import ConfigError
@@ -93,7 +95,9 @@ def test_what_is_not_plain_yaml_is_refused_with_its_line(text: str, line: int, w
     assert words in refusal(text)
 
 
-@pytest.mark.parametrize("text", ['a: "\\ud800"', 'a: "\\UFFFFFFFF"', "a: \x00", "%YAML 9" + "9" * 5000 + ".1\n---\na: 1"])
+@pytest.mark.parametrize(
+    "text", ['a: "\\ud800"', 'a: "\\UFFFFFFFF"', "a: \x00", "%YAML 9" + "9" * 5000 + ".1\n---\na: 1"]
+)
 def test_text_that_is_no_text_is_refused(text: str) -> None:
     assert refusal(text).startswith("f.yaml")
 
@@ -107,10 +111,8 @@ def test_an_empty_text_is_nothing() -> None:
     assert read("# only a comment\n", source="f.yaml") is None
 
 
-PIECES = st.sampled_from(
-    ["a", ": ", "- ", "\n", "  ", "[", "]", "{", "}", ",", "&x", "*x", "!!int", "!", "|", ">", "'", '"', "\\x", "? ", "#"]
-    + ["---", "...", "<<", "%", "@", "`", "\t", "1e5", "null", "\ufeff", "\x85", "=", "0o7", "\\U0011FFFF", "~"]
-)
+WORDS = "a [ ] { } , &x *x !!int ! | > ' \" \\x # --- ... << % @ ` 1e5 null = 0o7 \\U0011FFFF ~"
+PIECES = st.sampled_from([*re.split(" ", WORDS), ": ", "- ", "\n", "  ", "? ", "\t", "\ufeff", "\x85"])
 
 
 @settings(max_examples=400, deadline=None)
@@ -118,9 +120,11 @@ PIECES = st.sampled_from(
 def test_any_text_is_read_or_refused_in_our_words(text: str) -> None:
     try:
         read(text, source="f.yaml")
+        problem = "f.yaml"
     except ConfigError as error:
-        assert error.problems[0].startswith("f.yaml")
-        assert "\n" not in error.problems[0]
+        (problem,) = error.problems
+    assert problem.startswith("f.yaml")
+    assert "\n" not in problem
 
 
 PLAIN = st.recursive(
@@ -133,7 +137,5 @@ PLAIN = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(PLAIN)
 def test_what_our_dumper_writes_our_reader_reads(data: object) -> None:
-    from pentode.config.dump import Dumper
-
     text = yaml.dump(data, Dumper=Dumper, allow_unicode=True, width=1 << 20)
     assert read(text, source="f.yaml") == data

@@ -52,7 +52,7 @@ def numbers(batches: list[Batch]) -> list[int]:
     return [int(number) for batch in batches for number in batch.samples]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     n=st.integers(1, 300),
     seed=st.integers(0, 1000),

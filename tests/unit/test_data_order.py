@@ -20,7 +20,7 @@ def test_each_epoch_visits_each_sample_once(length: int, epoch: int, seed: int) 
 
 @settings(max_examples=500, deadline=None)
 @given(
-    length=st.integers(1, 500), seed=seeds, steps=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60)), max_size=4)
+    length=st.integers(1, 500), seed=seeds, steps=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60)), max_size=3)
 )
 def test_any_cut_into_ranks_batches_and_resumes_reads_the_same_order(
     length: int, seed: int, steps: list[tuple[int, int]]
@@ -42,10 +42,10 @@ def test_epochs_and_seeds_differ_and_do_not_collide() -> None:
     assert len(orders) == 400  # seed + epoch as a key would give 39
 
 
-@pytest.mark.parametrize("length", [10, 24, 50, 700])
+@pytest.mark.parametrize("length", [10, 24, 50, 300])
 def test_places_are_visited_evenly(length: int) -> None:
-    """Chi-squared over 4000 epochs of where the first place goes, and how far the second is from it."""
-    epochs = 4000
+    """Chi-squared over 2000 epochs of where the first place goes, and how far the second is from it."""
+    epochs = 2000
     ids = sample_ids(0, epochs * length, length=length, seed=7).reshape(epochs, length)
     for values, bins in [(ids[:, 0], length), ((ids[:, 1] - ids[:, 0]) % length - 1, length - 1)]:
         expected = epochs / bins

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from pentode.dist.mesh import Axis
+from pentode.dist.mesh import Axis, Mesh
 from pentode.optim import master as master_module
 from pentode.optim.groups import Group
 from pentode.optim.layout import ALIGN, block_of, lay_out
 from pentode.optim.master import MasterWeights
 from pentode.parallel.spec import ParamSpec, parameter
+from tests.helpers.spawn import run_on_ranks
 
 MIB = 2**20
 VOCABULARY, WIDTH, LAYERS = 11, 17, 3  # odd, so that padding is needed everywhere
@@ -272,6 +273,47 @@ def test_a_bucket_waits_for_its_turn_when_an_earlier_one_lacks_a_gradient(monkey
     assert started == []  # another rank may have used the expert: the order of reductions must be the same on all
     master.finish_gradients()
     assert len(started) == sum(len(flat.layout.buckets) for flat in master.flat)
+
+
+def gradients_of_two_ranks(*, bucket_bytes: int) -> None:
+    """Each rank sees half of the micro-batches, and the expert is used on one rank only, or in one micro-batch."""
+    data = Mesh.build(dp=2).data
+    mine = slice(2 * data.rank, 2 * data.rank + 2)
+    inputs = tokens(4)
+    for dtype in (torch.float64, torch.bfloat16):
+        for used in ([True, True, False, False], [False, True, False, True]):
+            model = model_of(dtype)
+            master = master_of(model, data=data, bucket_bytes=bucket_bytes, no_decay=("layers.1.bias",))
+            assert all(flat.layout.size % (2 * ALIGN) == 0 for flat in master.flat)
+            want = by_hand(model_of(dtype), inputs, dtype=torch.promote_types(dtype, torch.float32), used=used)
+            for _ in range(2):
+                master.start_step(2)
+                for x, use_expert in zip(inputs[mine], used[mine], strict=True):
+                    model(x, use_expert=use_expert).backward()
+                master.finish_gradients()
+                torch.testing.assert_close(master.gradients, want)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2000])
+def test_two_data_ranks_have_the_gradients_of_one_process(bucket_bytes: int) -> None:
+    run_on_ranks(gradients_of_two_ranks, 2, bucket_bytes=bucket_bytes)
+
+
+def partial_gradients_of_two_ranks() -> None:
+    tp = Mesh.build(tp=2).tp
+    specs = {"layers.0.w": ParamSpec((5,)), "layers.0.norm": ParamSpec((5,), sum_over=tp)}
+    model = {name: parameter(spec, device=torch.device("cpu"), dtype=torch.float32) for name, spec in specs.items()}
+    groups = [Group(tuple(specs), 0.0)]
+    master = MasterWeights(model, groups=groups, data=Axis("data"), bucket_bytes=1, accumulate_in=torch.float32)
+    master.start_step(1)
+    (sum(model.values()) * (tp.rank + 1)).sum().backward()
+    master.finish_gradients()
+    assert torch.equal(master.gradients["layers.0.w"], torch.full((5,), tp.rank + 1.0))
+    assert torch.equal(master.gradients["layers.0.norm"], torch.full((5,), 3.0))
+
+
+def test_a_gradient_that_is_a_partial_sum_is_summed_over_its_axis() -> None:
+    run_on_ranks(partial_gradients_of_two_ranks, 2)
 
 
 names_and_sizes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 700)), min_size=1, max_size=8)

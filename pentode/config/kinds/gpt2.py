@@ -1,6 +1,6 @@
 """GPT-2's shape: learned positions, LayerNorm, biases everywhere, dropout."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -13,6 +13,10 @@ from pentode.config.validate import build
 @section
 class GPT2Config(Shape):
     """A GPT-2 model; nanoGPT's and the nanoGPT2 guide's too."""
+
+    WIDTH: ClassVar[str] = "n_embd"
+    HEADS: ClassVar[str] = "n_head"
+    KV_HEADS: ClassVar[str] = "n_head"
 
     type: Literal["gpt2"] = Field("gpt2", repr=False, description="the kind; found by the other keys when left out")
     vocab_size: Annotated[int, Field(ge=-1)] = Field(50257, description="tokens in the vocabulary; -1: the data's")

@@ -1,6 +1,6 @@
 """The Llama family's shape: RMSNorm, rotary positions, gated MLP, grouped key/value heads, no biases."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -27,6 +27,10 @@ class RopeScaling:
 @section
 class LlamaConfig(Shape):
     """A Llama 1, 2 or 3.x model."""
+
+    WIDTH: ClassVar[str] = "hidden_size"
+    HEADS: ClassVar[str] = "num_attention_heads"
+    KV_HEADS: ClassVar[str] = "num_key_value_heads"
 
     type: Literal["llama"] = Field("llama", repr=False, description="the kind; found by the other keys when left out")
     bos_token_id: NotNegative | None = Field(1, description="id that starts a text; written into exported models")

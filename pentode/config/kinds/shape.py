@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 class Shape(ABC):
     """The torch-free twin of a model file. Fields are named as Hugging Face's; these names all shapes share."""
+
+    WIDTH: ClassVar[str]  # the field behind `width`, for messages
+    HEADS: ClassVar[str]
+    KV_HEADS: ClassVar[str]
 
     vocab_size: int
 

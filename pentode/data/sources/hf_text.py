@@ -31,7 +31,6 @@ def open_hf_text(
 ) -> tuple[Windows, Windows | None]:
     """Training and validation samples of the datasets that `args` names; the pack lies in the datasets' own cache."""
     datasets = datasets_library()
-    log.info("Using `datasets` library")
     documents = open_documents(args)
     key = fingerprint_of(PACKING, documents._fingerprint, tokenizer.fingerprint)  # the first is datasets' content hash
     path = Path(datasets.config.HF_DATASETS_CACHE) / "pentode" / key[:32]

@@ -1,0 +1,267 @@
+"""Rules between sections, what is not built yet, warnings, and what a config means."""
+
+from typing import Any
+
+import pytest
+
+from pentode.config.check import NOT_BUILT, problems, warnings
+from pentode.config.editor import field_paths
+from pentode.config.load import config_from_dict
+from pentode.config.meaning import meaning
+from pentode.config.part import Absent, Unknown
+from pentode.config.tree import path_of
+from pentode.errors import ConfigError
+
+LLAMA = {"type": "llama", "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
+LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
+GPT2 = {"type": "gpt2", "n_embd": 16, "n_head": 4, "n_layer": 2, "vocab_size": 64, "n_positions": 32}
+TEXT = {"text_file": "t.txt"}
+HF_TEXT = {"hf_dataset_or_datasets": "t.jsonl"}
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    """A valid config as a dict, with `a__b=value` changed at path a.b."""
+    made: dict[str, Any] = {
+        "general": {"project": "p"},
+        "parallelism": {"dp": 1, "tp": 1, "pp": 1},
+        "model": {"model_config": dict(LLAMA), "init_method": {"std": 0.02}},
+        "checkpoints": {"checkpoints_path": "here", "checkpoint_interval": 5},
+        "tokens": {
+            "sequence_length": 8,
+            "train_steps": 10,
+            "micro_batch_size": 2,
+            "batch_accumulation_per_replica": 3,
+        },
+        "optimizer": {
+            "optimizer_factory": {"name": "sgd"},
+            "zero_stage": 0,
+            "weight_decay": 0.1,
+            "clip_grad": 1.0,
+            "accumulate_grad_in_fp32": True,
+            "learning_rate_scheduler": {"learning_rate": 1e-3},
+        },
+        "data_stages": [{"name": "a", "start_training_step": 1, "data": {"dataset": dict(TEXT)}}],
+    }
+    for path, value in changes.items():
+        node: Any = made
+        *parents, key = path_of(path.replace("__", "."))
+        for parent in parents:
+            node = node[parent] if isinstance(node, list) else node.setdefault(parent, {})
+        node[key] = value
+    return made
+
+
+def found(**changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(data(**changes))
+    return error.value.problems
+
+
+SHAPE = "model.model_config"
+SCHEDULE = "optimizer.learning_rate_scheduler"
+STAGE = "data_stages.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"parallelism__dp": 2}, "parallelism.dp: 2: data parallelism is not built yet; use 1"),
+        ({"parallelism__pp": 2}, "parallelism.pp: 2: pipeline parallelism is not built yet; use 1"),
+        (
+            {"optimizer__zero_stage": 1},
+            "optimizer.zero_stage: 1: sharding the optimizer (ZeRO) is not built yet; use 0",
+        ),
+        (
+            {"parallelism__recompute_layer": True},
+            "parallelism.recompute_layer: true: recomputing activations is not built yet; use false",
+        ),
+        (
+            {"model__init_method": {"use_mup": True}},
+            "model.init_method: SpectralMupInit: this way to get the first weights is not built yet; use RandomInit",
+        ),
+        (
+            {"model__init_method__scaling_method": "layer_index"},
+            "model.init_method.scaling_method: LAYER_INDEX: this scaling is not built yet; use NUM_LAYERS or NONE",
+        ),
+        ({"profiler": {}}, "profiler: ProfilerArgs: profiling is not built yet; use null"),
+        ({"lighteval": {}}, "lighteval: LightEvalConfig: evaluation by lighteval is not built yet; use null"),
+        (
+            {"metrics_logging": {"log_level": 1}},
+            "metrics_logging.log_level: 1: statistics of each parameter is not built yet; use 0",
+        ),
+        (
+            {"data_stages__0__data__dataset": {"hf_dataset_or_datasets": "x", "sft_dataloader": True}},
+            f"{STAGE}.data.dataset: SFTDatasetsArgs: reading this kind of dataset is not built yet; use "
+            "PretrainDatasetsArgs or TextFileDatasetArgs or null",
+        ),
+        (
+            {"checkpoints__checkpointing_engine": "DataStates"},
+            "checkpoints.checkpointing_engine: datastates: the datastates engine is not built yet; use torch",
+        ),
+        (
+            {"checkpoints__resume_checkpoint_path": "s3://b/x"},
+            "checkpoints.resume_checkpoint_path: 's3:/b/x': S3 is not built yet; use a local folder",
+        ),
+        (
+            {"model__model_config__hidden_size": 18},
+            f"{SHAPE}.num_attention_heads: 4 does not divide {SHAPE}.hidden_size=18",
+        ),
+        (
+            {"model__model_config__num_key_value_heads": 3},
+            f"{SHAPE}.num_key_value_heads: 3 does not divide {SHAPE}.num_attention_heads=4",
+        ),
+        (
+            {"model__model_config__hidden_size": 12},
+            f"{SHAPE}.num_attention_heads: hidden_size=12 / 4 heads = 3; rotary positions need an even number",
+        ),
+        (
+            {"model__model_config": GPT2 | {"n_embd": 18}},
+            f"{SHAPE}.n_head: 4 does not divide {SHAPE}.n_embd=18",
+        ),
+        (
+            {"model__model_config__rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}},
+            f"{SHAPE}.rope_scaling.low_freq_factor: 4 is not below {SHAPE}.rope_scaling.high_freq_factor=4",
+        ),
+        (
+            {"model__model_config": GPT2, "tokens__sequence_length": 33},
+            f"tokens.sequence_length: 33 is more than {SHAPE}.n_positions=32, and GPT-2 learns each position; "
+            "raise n_positions",
+        ),
+        (
+            {"model__model_config": GPT2, "data_stages__0__sequence_length": 64},
+            f"{STAGE}.sequence_length: 64 is more than {SHAPE}.n_positions=32, and GPT-2 learns each position; "
+            "raise n_positions",
+        ),
+        (
+            {"data_stages__0__start_training_step": 2},
+            f"{STAGE}.start_training_step: 2 is the first; one stage must start at step 1",
+        ),
+        ({"data_stages": []}, "data_stages: empty; must have at least 1"),
+        (
+            {"model__model_config__vocab_size": -1, "data_stages__0__data__dataset": None},
+            f"{SHAPE}.vocab_size: -1 means the data's, and {STAGE} is dummy data; give a number",
+        ),
+        (
+            {"model__model_config__vocab_size": 0},
+            f"{SHAPE}.vocab_size: 0; give the number of tokens, or -1 to take it ",
+        ),
+        (
+            {"data_stages__0__data__dataset__tokenization": "byte"},
+            f"{SHAPE}.vocab_size: 64 is less than the 256 bytes of {STAGE}.data.dataset; use 256 or more",
+        ),
+        (
+            {"data_stages__0__data__dataset": HF_TEXT},
+            f"tokenizer.tokenizer_name_or_path: null, but {STAGE}.data.dataset is text that needs one; name",
+        ),
+        (
+            {"data_stages__0__data__dataset": None, "data_stages__0__data__validation_fraction": 0.1},
+            f"{STAGE}.data.validation_fraction: 0.1 of dummy data; use 0, or name a dataset",
+        ),
+        (
+            {"tokens__val_check_interval": 5},
+            "tokens.val_check_interval: 5, but no data is held out; set data_stages.0.data.validation_fraction=0.1",
+        ),
+        (
+            {f"{SCHEDULE}.lr_decay_starting_step": 1, f"{SCHEDULE}.lr_warmup_steps": 3},
+            f"{SCHEDULE}.lr_decay_starting_step: 1 is before the end of the warm-up, {SCHEDULE}.lr_warmup_steps=3",
+        ),
+        (
+            {f"{SCHEDULE}.min_decay_lr": 0.5},
+            f"{SCHEDULE}.min_decay_lr: 0.5 is above {SCHEDULE}.learning_rate=0.001",
+        ),
+        (
+            {"optimizer__weight_decay_exclude_named_params": ["ok", "a("]},
+            "optimizer.weight_decay_exclude_named_params.1: 'a(' is no regular expression: missing ), unterminated ",
+        ),
+        (
+            {"data_stages__0__data__validation_fraction": 1.0},
+            f"{STAGE}.data.validation_fraction: 1.0; must be less than 1",
+        ),
+        ({"model__dtype": "float16"}, "model.dtype: 'float16'; must be float32 or float64 or bfloat16; did you mean "),
+        ({"tokens__micro_batch_size": True}, "tokens.micro_batch_size: true is not a whole number"),
+    ],
+)
+def test_a_broken_rule_is_one_line_that_says_what_to_do(changes: dict[str, Any], problem: str) -> None:
+    (line,) = found(**changes)
+    assert line.startswith(problem)
+
+
+def test_tensor_parallelism_must_divide_heads() -> None:
+    assert found(parallelism__tp=3)[0] == f"parallelism.tp: 3 does not divide {SHAPE}.num_attention_heads=4"
+    assert (
+        found(parallelism__tp=4)[0]
+        == f"parallelism.tp: 4 does not divide {SHAPE}.num_key_value_heads=2; use tp=2 or less"
+    )
+
+
+def test_stages_do_not_collide_and_all_are_read() -> None:
+    stage = data()["data_stages"][0]
+    others = [stage | {"start_training_step": 1}, stage | {"name": "b", "start_training_step": 11}]
+    assert found(data_stages=[stage, *others]) == [
+        f"data_stages.1.name: 'a' is also the name of {STAGE}",
+        f"data_stages.1.start_training_step: 1 is also the first step of {STAGE}; one stage at a time",
+        "data_stages.2.start_training_step: 11 is after tokens.train_steps=10; it would never be read",
+    ]
+
+
+def test_the_processes_there_are_must_be_those_asked_for() -> None:
+    config = config_from_dict(data())
+    assert problems(config) == []
+    assert problems(config, world_size=1) == []
+    assert problems(config, world_size=8) == ["parallelism: pp=1 x dp=1 x cp=1 x tp=1 = 1 ranks, but WORLD_SIZE is 8"]
+
+
+def test_what_is_allowed_may_still_be_doubtful() -> None:
+    assert warnings(config_from_dict(data())) == []
+    doubtful = data(
+        tokens__sequence_length=64,
+        optimizer__learning_rate_scheduler__lr_warmup_steps=10,
+        checkpoints__checkpoint_interval=11,
+        checkpoints__save_final_state=False,
+    )
+    assert warnings(config_from_dict(doubtful)) == [
+        f"tokens.sequence_length: 64 is more than {SHAPE}.max_position_embeddings=32",
+        f"{SCHEDULE}.lr_warmup_steps: 10 of tokens.train_steps=10; the run ends before the warm-up does",
+        "checkpoints.checkpoint_interval: longer than tokens.train_steps=10; nothing will be saved",
+    ]
+
+
+def test_a_rule_judges_what_is_right_beside_what_is_wrong() -> None:
+    assert found(tokens__train_steps="ten", model__model_config__num_key_value_heads=3, parallelism__dp="x") == [
+        f"{SHAPE}.num_key_value_heads: 3 does not divide {SHAPE}.num_attention_heads=4",
+        "parallelism.dp: 'x' is not a whole number",
+        "tokens.train_steps: 'ten' is not a whole number",
+    ]
+
+
+def test_nothing_can_be_asked_of_what_is_wrong() -> None:
+    absent: Any = Absent()
+    for question in (
+        lambda: absent.width,
+        lambda: absent > 1,
+        lambda: 1 % absent,
+        lambda: absent == 1,
+        lambda: bool(absent),
+        lambda: f"{absent}",
+        lambda: list(absent),
+    ):
+        with pytest.raises(Unknown):
+            question()
+
+
+def test_every_line_of_not_built_names_a_path_that_exists() -> None:
+    assert {path.replace("*", "0") for path in NOT_BUILT} <= set(field_paths())
+
+
+def test_the_meaning_of_a_config_is_its_arithmetic() -> None:
+    text = "\n".join(meaning(config_from_dict(data())))
+    shape = config_from_dict(data()).model.model_config
+    for fact in (
+        f"{shape.parameter_count():,}",
+        "6 sequences",
+        "48 tokens",
+        "10 steps, 480 tokens",
+        "a: steps 1 to 10",
+    ):
+        assert fact in text
+    assert "32 for each token" in "\n".join(meaning(config_from_dict(data(model__model_config__vocab_size=-1))))
