@@ -12,7 +12,7 @@ READY := .venv/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt tools/make_venv.sh
-	@tools/make_venv.sh
+	@sh tools/make_venv.sh
 
 # A .venv that was copied here from another folder, or whose Python is gone, is made again.
 ifneq ($(shell test -x $(BIN)/python && cat $(READY) 2>/dev/null),$(shell pwd -P))

@@ -1,27 +1,21 @@
-"""Write text with a model that train.py made, under the names that the nanoGPT2 guide uses.
+"""Write text with a model that train.py made, under the name that the nanoGPT2 guide uses: sample.py --start "The "."""
 
-usage: python sample.py [--config configs/nano.yaml] [--start TEXT] [--num_samples 1] [--max_new_tokens 500]
-"""
-
-import argparse
 from pathlib import Path
 
 from pentode.cli import main
 from pentode.config.load import load_config
 from pentode.errors import ConfigError
+from run_train import Parser
+
+NANO = Path(__file__).parent / "configs" / "nano.yaml"
 
 
-def folder_of(config: str) -> Path:
-    """The folder that a config's run was saved to."""
-    try:
-        return load_config(Path(config)).checkpoints.checkpoints_path
-    except ConfigError as error:
-        raise SystemExit("\n".join(error.problems)) from None
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/nano.yaml", help="the config that was trained")
+def arguments() -> list[str]:
+    """nanoGPT's flags as `pentode generate` spells them."""
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--config", type=Path, default=NANO, help="the config that was trained; default configs/nano.yaml"
+    )
     parser.add_argument("--checkpoint_dir", help="another folder with checkpoints")
     parser.add_argument("--start", default="", help="text to go on from")
     parser.add_argument("--num_samples", type=int, default=1)
@@ -30,11 +24,17 @@ if __name__ == "__main__":
     parser.add_argument("--top_k", type=int, default=40)
     parser.add_argument("--seed", type=int, default=42)
     asked = parser.parse_args()
-    folder = asked.checkpoint_dir or str(folder_of(asked.config))
+    if asked.num_samples < 1:
+        parser.error(f"--num_samples {asked.num_samples}: give 1 or more")
+    try:
+        folder = asked.checkpoint_dir or str(load_config(asked.config).checkpoints.checkpoints_path)
+    except ConfigError as error:
+        parser.error("\n".join(error.problems))
     options = [
-        f"--max-new-tokens={asked.max_new_tokens}",
-        f"--temperature={asked.temperature}",
-        f"--top-k={asked.top_k}",
+        f"--{name.replace('_', '-')}={getattr(asked, name)}" for name in ("max_new_tokens", "temperature", "top_k")
     ]
-    prompts = [f"--prompt={asked.start}"] * asked.num_samples
-    main(["generate", folder, *prompts, *options, f"--seed={asked.seed}"])
+    return ["generate", folder, *options, f"--seed={asked.seed}", *[f"--prompt={asked.start}"] * asked.num_samples]
+
+
+if __name__ == "__main__":
+    main(arguments())

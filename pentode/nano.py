@@ -7,16 +7,22 @@ Trainer(model, config).train(train_set, val_set)
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pentode import device as devices
 from pentode import log
-from pentode.checkpoint.load import newest
+from pentode.checkpoint.load import Checkpoint, newest
+from pentode.checkpoint.save import clean
 from pentode.config.load import config_from_dict
 from pentode.config.schema import Config
 from pentode.data.open import StageData
@@ -25,27 +31,37 @@ from pentode.data.windows import Windows, fingerprint_of
 from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
 from pentode.errors import ConfigError
-from pentode.generate.engine import Sampling, generate
+from pentode.generate.engine import generate
+from pentode.generate.sampling import Sampling
 from pentode.metrics.jsonl import JsonLines
 from pentode.metrics.record import Record
 from pentode.metrics.sinks import Sinks
-from pentode.run.build import assemble, build_model, initial_weights
+from pentode.parallel.batch import Batch
+from pentode.run.build import Run, assemble, build_model, initial_weights
 from pentode.run.feed import Feed
 from pentode.train.loop import train
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, restore
 
+SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+SAMPLE_NUMBERS = 2**62  # drawn from for samples that have no number in a run
 
-@dataclass
+
+@dataclass(slots=True)
 class NanoConfig:
-    """The guide's keys; configs/*.yaml are written in them."""
+    """The guide's keys, with the values of configs/nano.yaml; files of these keys are what train.py reads.
+
+    vocab_size   characters that the model knows; a text may have fewer
+    device       auto (a GPU where there is one), or as `general.device` in a config
+    eval_iters   batches of one validation
+    """
 
     vocab_size: int = 256
     block_size: int = 128
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 64
-    dropout: float = 0.1
+    dropout: float = 0.0
     batch_size: int = 64
     learning_rate: float = 1e-3
     max_iters: int = 5000
@@ -55,24 +71,49 @@ class NanoConfig:
     mixed_precision: bool = False
     save_checkpoint: bool = True
     checkpoint_interval: int = 1000
-    checkpoint_dir: str = "./checkpoints"
+    checkpoint_dir: str = "./checkpoints/nano"
 
     def full(self) -> Config:
         """The same in the full schema; raises ConfigError for values that make no sense."""
         return config_from_dict(asdict(self))
 
 
+torch.serialization.add_safe_globals([NanoConfig])  # torch.load reads one beside weights, as the guide saves them
+
 PRESETS = {
     "nano": NanoConfig(),
-    "small": NanoConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-    "base": NanoConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, batch_size=12, learning_rate=6e-4),
+    "small": NanoConfig(
+        block_size=256,
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        dropout=0.2,
+        eval_iters=50,
+        eval_interval=250,
+        checkpoint_dir="./checkpoints/small",
+    ),
+    "base": NanoConfig(
+        block_size=1024,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        dropout=0.1,
+        batch_size=12,
+        learning_rate=6e-4,
+        max_iters=100_000,
+        eval_iters=50,
+        eval_interval=1000,
+        mixed_precision=True,
+        checkpoint_interval=5000,
+        checkpoint_dir="./checkpoints/base",
+    ),
 }
 
 
 def get_config(name: str) -> NanoConfig:
-    """A preset by name: nano, small or base; change its fields as you like."""
+    """A preset by name: nano, small or base, as in configs/; change its fields as you like."""
     if name not in PRESETS:
-        raise ValueError(f"get_config: {name!r} is not one of {', '.join(PRESETS)}")
+        raise ConfigError([f"get_config: {name!r} is not one of {', '.join(PRESETS)}"])
     return replace(PRESETS[name])
 
 
@@ -86,7 +127,7 @@ class CharDataset(torch.utils.data.Dataset):
         self.data = self.tokenizer.encode(text)
 
     def __len__(self) -> int:
-        return len(self.data) - self.block_size
+        return max(len(self.data) - self.block_size, 0)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         if not 0 <= i < len(self):
@@ -115,12 +156,27 @@ class GPT(nn.Module):
 
     def __init__(self, config: NanoConfig) -> None:
         super().__init__()
-        self.config = config
+        if config.vocab_size < 1:
+            raise ConfigError([f"vocab_size: {config.vocab_size}; set config.vocab_size = dataset.vocab_size"])
+        self.config = replace(config)
         full = config.full()
-        self.device = devices.pick(full.general.device)
-        self.core = build_model(full, Mesh.single(), self.device)
+        self.core = build_model(full, Mesh.single(), devices.pick(full.general.device))
         for name, weight in initial_weights(full, self.core).items():
             self.core.get_parameter(name).data.copy_(weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, vocabulary] for what follows each of idx [B, T], and their mean loss against targets [B, T]."""
+        rows, length = idx.shape
+        positions = torch.arange(length, device=idx.device).repeat(rows)
+        samples = torch.randint(SAMPLE_NUMBERS, (rows,), device=idx.device)  # new dropout masks at each call
+        logits = self.core.logits(None, Batch(idx.flatten(), idx.flatten(), positions, samples))  # [B * T, vocabulary]
+        loss = None if targets is None else F.cross_entropy(logits.float(), targets.flatten())
+        return logits.unflatten(0, (rows, length)), loss
 
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, *, seed: int = 42
@@ -133,77 +189,130 @@ class GPT(nn.Module):
 class Trainer:
     """Trains a GPT on one CharDataset and validates it on another.
 
-    Checkpoints and metrics.jsonl go to `config.checkpoint_dir`; a folder that holds a run is only gone on with, and only
-    if `resume` is asked for. `save_checkpoint` False writes nothing.
+    Checkpoints and metrics.jsonl go to `config.checkpoint_dir`. Where that holds a run, `resume` goes on with it, and
+    is needed. `save_checkpoint` False writes nothing.
     """
 
     def __init__(self, model: GPT, config: NanoConfig, *, resume: bool = False) -> None:
         self.model, self.config, self.resume = model, config, resume
 
     def train(self, train_dataset: CharDataset, val_dataset: CharDataset | None = None) -> None:
-        """Train until `max_iters`, printing a line every `eval_interval` iterations."""
+        """Train until `max_iters`, printing a line every `eval_interval` iterations and after the last.
+
+        It is a copy of the model that is trained, in the buffers that training keeps weights in; its weights come back
+        however training ends.
+        """
         config = self.config.full()
-        if train_dataset.vocab_size > self.config.vocab_size:
-            raise ConfigError(
-                [
-                    f"vocab_size: the text has {train_dataset.vocab_size} characters, the model {self.config.vocab_size}; "
-                    "set config.vocab_size = train_dataset.vocab_size before GPT(config)"
-                ]
-            )
-        root = config.checkpoints.checkpoints_path
-        checkpoint = newest(root) if self.config.save_checkpoint else None
-        if checkpoint is not None and not self.resume:
-            raise ConfigError([f"checkpoint_dir: {root} holds a run; use another folder, or Trainer(..., resume=True)"])
-        mesh = Mesh.single()
-        feed = Feed(config, mesh, self.model.device, data=_stage_data(train_dataset, val_dataset))
-        run = assemble(config, World(), mesh, self.model.device, feed, self.model.core)
+        found = [*self._differences(), *self._misfits("train_dataset", train_dataset)]
+        if val_dataset is not None:
+            found += self._misfits("val_dataset", val_dataset)
+        if found:
+            raise ConfigError(found)
+        log.setup(level="warning")
+        device, mesh, root = devices.pick(config.general.device), Mesh.single(), config.checkpoints.checkpoints_path
+        checkpoint = self._checkpoint(root)
+        feed = Feed(config, mesh, device, data=_stage_data(train_dataset, val_dataset))
+        core = build_model(config, mesh, device)
+        core.load_state_dict(self.model.core.state_dict())
+        run = assemble(config, World(), mesh, device, feed, core)
         state = TrainState() if checkpoint is None else restore(run, checkpoint)
-        sinks = [IterationPrinter(self.config.eval_interval, self.config.max_iters)]
-        if self.config.save_checkpoint:
-            sinks.append(JsonLines(root, resume_step=state.step))
-        log.setup(level="error")
-        with StopSignal() as stop:
-            opened = Sinks(sinks)
-            opened.start({"run": config.general.run})
+        if state.fingerprints.get(feed.stage.name, feed.data.fingerprint) != feed.data.fingerprint:
+            raise ConfigError([f"checkpoint_dir: the run in {root} was trained on another text; use another folder"])
+        try:
+            self._train(run, state, root)
+        finally:
+            feed.close()
+            self.model.core.load_state_dict(core.state_dict())
+
+    def _train(self, run: Run, state: TrainState, root: Path) -> None:
+        if state.step >= self.config.max_iters:
+            print(f"iter {state.step}: complete; raise config.max_iters to go on")
+            return
+        saves = self.config.save_checkpoint
+        sinks = Sinks([IterationPrinter(self.config.eval_interval, self.config.max_iters)])
+        if saves:
+            sinks.sinks.append(JsonLines(root, resume_step=state.step))
+        stop = StopSignal()
+        with stop if saves else nullcontext():  # with nothing to save, Ctrl-C stops at once
+            sinks.start({})
             try:
-                train(run, state, root=root, sinks=opened, stop=stop)
+                train(run, state, root=root, sinks=sinks, stop=stop)
             finally:
-                opened.close("closed")
-                run.feed.close()
+                sinks.close("closed")
+
+    def _checkpoint(self, root: Path) -> Checkpoint | None:
+        """What to go on from."""
+        if self.config.save_checkpoint:
+            clean(root)
+        found = newest(root, quarantine=self.resume) if self.config.save_checkpoint or self.resume else None
+        if found is not None and not self.resume:
+            raise ConfigError([f"checkpoint_dir: {root} holds a run; use another folder, or Trainer(..., resume=True)"])
+        return found
+
+    def _differences(self) -> Iterator[str]:
+        for name in SHAPE:
+            built, asked = getattr(self.model.config, name), getattr(self.config, name)
+            if built != asked:
+                yield f"{name}: {asked}, but the model was built with {built}; set it before GPT(config)"
+
+    def _misfits(self, name: str, dataset: CharDataset) -> Iterator[str]:
+        config = self.config
+        if not isinstance(dataset, CharDataset):
+            yield f"{name}: a {type(dataset).__name__}; give a CharDataset(text, config.block_size)"
+        elif dataset.block_size != config.block_size:
+            yield f"block_size: {name} has {dataset.block_size}, the config {config.block_size}; make them equal"
+        elif dataset.vocab_size > config.vocab_size:
+            yield (
+                f"vocab_size: {name} has {dataset.vocab_size} characters, the model knows {config.vocab_size}; set "
+                "config.vocab_size = dataset.vocab_size before GPT(config)"
+            )
 
 
 class IterationPrinter:
-    """Prints `iter 100: train loss 4.1234, val loss 4.1567 (time: 23.45s)`, and tokens/s."""
+    """Prints `iter 100: train loss 4.1234, val loss 4.1567 (time: 23.45s)`, and tokens/s since the last such line."""
 
     def __init__(self, interval: int, last: int) -> None:
         self.interval, self.last = interval, last
         self.began = time.perf_counter()
+        self.speeds: list[float] = []
 
     def start(self, info: dict[str, object]) -> None:
         """Nothing is said before the first line."""
 
     def log(self, record: Record) -> None:
         """Print the line of an iteration whose turn it is."""
-        if record.step % self.interval and record.step != self.last:
+        self.speeds.append(record.tokens_per_sec)
+        if record.step != self.last and (self.interval <= 0 or record.step % self.interval):
             return
         validation = "" if record.val_loss is None else f", val loss {record.val_loss:.4f}"
-        seconds = time.perf_counter() - self.began
-        speed = f"{record.tokens_per_sec:,.0f} tokens/s"
-        print(f"iter {record.step}: train loss {record.lm_loss:.4f}{validation} (time: {seconds:.2f}s) {speed}")
+        seconds, speed = time.perf_counter() - self.began, harmonic_mean(self.speeds)  # steps have equally many tokens
+        self.speeds.clear()
+        print(
+            f"iter {record.step}: train loss {record.lm_loss:.4f}{validation} (time: {seconds:.2f}s) "
+            f"{speed:,.0f} tokens/s",
+            flush=True,
+        )
 
     def close(self, status: str) -> None:
         """Nothing is said after the last line."""
 
 
 def _stage_data(train_dataset: CharDataset, val_dataset: CharDataset | None) -> StageData:
-    def windows(dataset: CharDataset, *, name: str, stride: int) -> Windows:
-        facts: dict[str, Any] = {
-            "sequence_length": dataset.block_size,
-            "vocab_size": dataset.vocab_size,
-            "largest_id": int(dataset.data.max(initial=0)),
-            "fingerprint": fingerprint_of(dataset.tokenizer.fingerprint, dataset.data.tobytes()),
-        }
-        return Windows(dataset.data, name=name, stride=stride, **facts)
+    """Both as sources of windows; the validation text is read by the training text's characters."""
+    tokenizer = train_dataset.tokenizer
+    if val_dataset is not None and val_dataset.tokenizer.fingerprint != tokenizer.fingerprint:
+        val_dataset = CharDataset(val_dataset.text, val_dataset.block_size, tokenizer=tokenizer)
+    training, validation = _windows(train_dataset, name="train_dataset", stride=1), None
+    if val_dataset is not None:
+        validation = _windows(val_dataset, name="val_dataset", stride=val_dataset.block_size)
+    return StageData(training, validation, tokenizer)
 
-    validation = val_dataset and windows(val_dataset, name="val_dataset", stride=val_dataset.block_size)
-    return StageData(windows(train_dataset, name="train_dataset", stride=1), validation, train_dataset.tokenizer)
+
+def _windows(dataset: CharDataset, *, name: str, stride: int) -> Windows:
+    facts: dict[str, Any] = {
+        "sequence_length": dataset.block_size,
+        "vocab_size": dataset.vocab_size,
+        "largest_id": int(dataset.data.max(initial=0)),
+        "fingerprint": fingerprint_of(dataset.tokenizer.fingerprint, dataset.data.tobytes()),
+    }
+    return Windows(dataset.data, name=name, stride=stride, **facts)

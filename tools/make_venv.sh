@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
-PATH=$(echo ":$PATH:" | sed "s|:$here/.venv/bin:|:|g") # an activated .venv must not make itself again
+PATH=$(echo ":$PATH:" | sed "s|:$here/.venv/bin:|:|g; s/^://; s/:\$//") # an activated .venv must not make itself again
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 

@@ -106,9 +106,11 @@ def _sort_stages(tree: Section) -> None:
     stages = tree.get("data_stages")
     if not isinstance(stages, Items):
         return
-    starts = [stage.get("start_training_step") if isinstance(stage, Section) else None for stage in stages]
+    starts: list[Any] = [stage.get("start_training_step") if isinstance(stage, Section) else None for stage in stages]
     if all(type(start) is int for start in starts):
         order = sorted(range(len(stages)), key=lambda i: starts[i])
-        places = {new: stages.places[old] for new, old in enumerate(order) if old in stages.places}
+        places: dict[str | int, Place] = {
+            new: stages.places[old] for new, old in enumerate(order) if old in stages.places
+        }
         stages[:] = [stages[i] for i in order]
-        stages.places = dict(places)
+        stages.places = places

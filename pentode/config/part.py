@@ -21,7 +21,7 @@ class Absent:
     """Stands where a value is wrong: whatever is asked of it raises Unknown."""
 
     __getattr__ = __bool__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = _refuse
-    __mul__ = __rmul__ = __iter__ = __len__ = __getitem__ = __str__ = __format__ = _refuse
+    __mul__ = __rmul__ = __iter__ = __len__ = __getitem__ = __format__ = _refuse
     __hash__ = object.__hash__
 
 
@@ -41,7 +41,7 @@ def part_of(annotation: Any, tree: Any, *, wrong: Collection[Path], path: Path =
             for rewrite in field.metadata if not isinstance(value, Absent) else ():
                 value = _rewritten(value, rewrite)
         else:
-            value = Absent() if field.is_required() else field.get_default(call_default_factory=True)
+            value = None if field.is_required() else field.get_default(call_default_factory=True)
         object.__setattr__(made, name, value)
     return made
 

@@ -2,7 +2,7 @@
 
 import types
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -18,13 +18,13 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, kw_only_default=True)  # no specifiers: they would hide Field's defaults
 def section(cls: type[T]) -> type[T]:
     """A class of annotated fields as a section: frozen, keyword-only, strict about types, no keys but its own.
 
     A dataclass and not a BaseModel, on which Nanotron's field name `model_config` is reserved.
     """
-    return dataclass(cls, config=SETTINGS, frozen=True, kw_only=True)
+    return cast(type[T], dataclass(cls, config=SETTINGS, frozen=True, kw_only=True))
 
 
 def fields_of(kind: Any) -> dict[str, FieldInfo]:

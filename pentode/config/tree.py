@@ -80,10 +80,10 @@ def place_of(tree: Any, path: Path, *, default: Place | None = None) -> Place | 
 
 def get(tree: Any, dotted: str) -> Any:
     """The value at a dotted path, None where there is none."""
-    for part in path_of(dotted):
-        if not isinstance(tree, Section) or part not in tree:
+    for key in dotted.split("."):
+        if not isinstance(tree, Section) or key not in tree:
             return None
-        tree = tree[part]
+        tree = tree[key]
     return tree
 
 
@@ -96,7 +96,7 @@ def assign(tree: Section, path: Path, value: Any, *, place: Place | None) -> str
                 return f"{'.'.join(map(str, path[:depth]))} is a list of {len(node)}; count its items from 0"
         elif not isinstance(node, Section):
             return f"{'.'.join(map(str, path[:depth]))} is not a section"
-        key = part if isinstance(node, Items) else str(part)
+        key: Any = part if isinstance(node, Items) else str(part)
         if depth == len(path) - 1:
             node[key] = value
             if place is not None:

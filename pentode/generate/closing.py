@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pentode import log
-from pentode.generate.engine import Sampling
+from pentode.generate.sampling import Sampling
 from pentode.generate.text import continue_text
 from pentode.run.build import Run
 
@@ -14,19 +14,12 @@ PROMPT_TOKENS = 16  # of the data's own beginning: every vocabulary can say it
 
 
 def closing_sample(run: Run, root: Path) -> None:
-    """Write `sample.txt` into the run's folder and print it; nothing where the data has no tokenizer, and so no text."""
+    """Print a sample and keep it as `sample.txt` in the run's folder; nothing where the data has no tokenizer."""
     tokenizer = run.feed.tokenizer
     if tokenizer is None or run.world.rank != 0:
         return
     source = run.feed.data.validation or run.feed.data.train
     prompt = tokenizer.decode(source.samples(np.zeros(1, dtype=np.int64))[0, :PROMPT_TOKENS].tolist())
-    text = continue_text(
-        run.stages[0],
-        tokenizer,
-        prompt,
-        sampling=SAMPLE,
-        max_positions=run.config.model.model_config.max_positions,
-        device=run.device,
-    )
-    (root / "sample.txt").write_text(text, encoding="utf-8")
+    text = continue_text(run.stages[0], tokenizer, prompt, config=run.config, sampling=SAMPLE, device=run.device)
     log.info(f"Sample, going on from {prompt!r}:\n{text}")
+    (root / "sample.txt").write_text(text, encoding="utf-8")

@@ -23,7 +23,9 @@ def generate(
     generation never ends for that.
     """
     if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(f"generate: tokens are {list(tokens.shape)}; give [sequences, tokens], at least one token each")
+        raise ValueError(
+            f"generate: tokens are {list(tokens.shape)}; give [sequences, tokens], at least one token each"
+        )
     least, most = (int(end) for end in tokens.aminmax())
     if least < 0 or most >= model.vocab.size:
         odd = least if least < 0 else most
@@ -36,9 +38,7 @@ def generate(
         model.train(was_training)
 
 
-def _continue(
-    model: CausalLM, tokens: Tensor, sampling: Sampling, max_positions: int, eos_id: int | None
-) -> Tensor:
+def _continue(model: CausalLM, tokens: Tensor, sampling: Sampling, max_positions: int, eos_id: int | None) -> Tensor:
     rows = tokens.shape[0]
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)

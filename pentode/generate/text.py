@@ -39,7 +39,7 @@ def continue_text(
 def context_length(config: Config) -> int:
     """How many tokens the model has learned to read at once: positions beyond its longest sequences are untrained."""
     lengths = [stage.sequence_length or config.tokens.sequence_length for stage in config.data_stages]
-    return min(config.model.model_config.max_positions, *lengths) if len(lengths) == 1 else 0
+    return min(config.model.model_config.max_positions, max(lengths))
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

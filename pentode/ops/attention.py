@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentode.ops.dropout import DRAWS, keep_mask, kept_scale
-from pentode.ops.random import bits
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_with_dropout(
-    q: Tensor, k: Tensor, v: Tensor, *, p: float, keys: Tensor, site: Tensor, head_start: int = 0
+    q: Tensor, k: Tensor, v: Tensor, *, p: float, keys: Tensor, site: int | Tensor, head_start: int = 0
 ) -> Tensor:
     """`attention` in plain form, with dropout on its probabilities.
 
@@ -36,15 +35,14 @@ def attention_with_dropout(
     """
     B, S, H, E = q.shape
     N, repeat = k.shape[1], H // k.shape[2]
-    q, k, v = (
-        t.transpose(1, 2).flatten(0, 1) for t in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
-    )
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # [B * H, S or N, E]
     hidden = q.new_zeros(S, N).masked_fill_(~_visible(S, N, q.device), -torch.inf)
     scores = torch.baddbmm(hidden.expand(B * H, S, N), q, k.transpose(1, 2), alpha=E**-0.5)  # [B * H, S, N]
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
     per_head = -(-N // DRAWS)  # each head begins a group, so that any part of the heads draws whole groups
     groups = torch.arange(head_start * per_head, (head_start + H) * per_head, device=q.device)
-    keep = keep_mask(p, keys=bits(keys, site).view(B, 1, S, 1), groups=groups.view(H, 1, per_head))
+    keep = keep_mask(p, keys=(keys + site).view(B, 1, S, 1), groups=groups.view(H, 1, per_head))
     kept = probabilities.where(keep[..., :N].flatten(0, 1), 0)
     y = torch.bmm(kept, v) * kept_scale(p)  # scaled here, where there are fewer numbers
     return y.unflatten(0, (B, H)).transpose(1, 2)

@@ -30,7 +30,7 @@ def dropout(x: Tensor, p: float, *, keys: Tensor, site: int | Tensor, feature_st
         return x
     first, stop = feature_start, feature_start + x.shape[1]
     groups = torch.arange(first // DRAWS, -(-stop // DRAWS), device=x.device)
-    keep = keep_mask(p, keys=bits(keys, site)[:, None], groups=groups)  # [T, DRAWS * groups]
+    keep = keep_mask(p, keys=(keys + site)[:, None], groups=groups)  # [T, DRAWS * groups]
     return (x * kept_scale(p)).where(keep.narrow(1, first % DRAWS, stop - first), 0)
 
 

@@ -1,7 +1,7 @@
 """Random numbers without state: each is a hash of its place and a key, so any part of them can be drawn anywhere.
 
-The hash is the finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014). torch
-has no unsigned 64-bit arithmetic on all devices; two's complement wraps alike.
+The hash is splitmix64's finaliser (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014). torch has
+no unsigned 64-bit arithmetic on all devices; two's complement wraps alike.
 """
 
 from hashlib import blake2b
@@ -27,7 +27,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def bits(counters: Tensor, key: int | Tensor) -> Tensor:
-    """64 random bits for each counter (int64); keys may be numbers in a row. In compiled code a key must be a tensor."""
+    """64 random bits for each counter (int64) and key; both may count up. In compiled code a key must be a tensor."""
     # Mixed before the key is added, so that no key is another one's continuation. Splitmix64's own counter, times a
     # 64-bit constant, would do as well, but inductor works that product out by itself and overflows.
     return mix(mix(counters) + key)

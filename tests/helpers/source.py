@@ -5,7 +5,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,8 +119,9 @@ class Source:
         return ""
 
 
+@cache
 def read(path: Path) -> Source:
-    """The file at `path`."""
+    """The file at `path`, read and parsed once."""
     return Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pentode.config.dump import to_dict, to_yaml
 from pentode.config.load import config_from_dict, load_config
+from pentode.config.tree import assign, path_of, tree_of
 from pentode.config.yaml_reader import read
 from pentode.errors import ConfigError
 from tests.helpers.config import SMALL, outcome, small
@@ -53,7 +54,7 @@ JUNK = st.one_of(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(LINES) - 1), st.integers(0, 60), st.integers(0, 20), JUNK), max_size=4))
 def test_a_damaged_file_is_loaded_or_refused_in_our_words(tmp_path_factory: Any, changes: list[Any]) -> None:
     lines = list(LINES)
@@ -88,23 +89,12 @@ tokenizer model.model_config.num_attention_heads model.model_config.vocab_size""
 PLACES = st.sampled_from(re.split(r"\s+", SECTIONS))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(PLACES, VALUES, max_size=3))
 def test_any_data_is_a_config_or_refused_in_our_words(changes: dict[str, Any]) -> None:
-    data: Any = small()
+    data = tree_of(small())
     for place, value in changes.items():
-        *parents, key = place.split(".")
-        node = data
-        for parent in parents:
-            node = (
-                node[int(parent) if isinstance(node, list) else parent]
-                if isinstance(node, dict | list) and node
-                else None
-            )
-        if isinstance(node, dict):
-            node[key] = value
-        elif isinstance(node, list) and node:
-            node[0] = value
+        assign(data, path_of(place), tree_of(value), place=None)
     with contextlib.suppress(ConfigError):
         config = config_from_dict(data)
         assert config_from_dict(to_dict(config)) == config

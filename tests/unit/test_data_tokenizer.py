@@ -56,7 +56,7 @@ def test_a_character_outside_the_alphabet_is_named() -> None:
 
 def test_tokenizers_survive_saving(tmp_path: Path) -> None:
     tokenizers = {
-        "char": CharTokenizer("\n aé\N{GRINNING FACE}\ud800"),
+        "char": CharTokenizer("\n a\xe9\N{GRINNING FACE}\ud800"),
         "byte": ByteTokenizer(),
         "words": load_tokenizer(folder_with(tmp_path / "first", word_tokenizer())),
     }

@@ -14,10 +14,10 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_compute_in_at_least_float32_and_round_once(dtype: torch.dtype) -> None:
-    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((40, 33), (33,), (33,)))
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1000, 96), (96,), (96,)))
     wide = torch.promote_types(dtype, torch.float32)
     a, w, b = x.to(wide), weight.to(wide), bias.to(wide)
-    rms = F.rms_norm(a, (33,), w, 1e-5)
+    rms = F.rms_norm(a, (96,), w, 1e-5)
     assert torch.equal(rms_norm(x, weight, 1e-5), rms.to(dtype))
     torch.testing.assert_close(rms, a / (a.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w)
     got = layer_norm(x, weight, bias, 1e-5)
@@ -25,7 +25,7 @@ def test_norms_compute_in_at_least_float32_and_round_once(dtype: torch.dtype) ->
     torch.testing.assert_close(
         got, (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b).to(dtype)
     )
-    assert torch.equal(got, F.layer_norm(a, (33,), w, b, 1e-5).to(dtype))
+    assert torch.equal(got, F.layer_norm(a, (96,), w, b, 1e-5).to(dtype))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,6 +1,5 @@
 """One text as training data: every window of it is a sample, by character or by byte."""
 
-import importlib
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +44,7 @@ def open_text_file(
 
 def _standard_text() -> bytes:
     try:
-        topics = importlib.import_module(STANDARD_TEXT).topics
+        from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
             f"{STANDARD_TEXT}: this Python comes without it; give data.dataset.text_file the path of a text of yours"
