@@ -225,7 +225,7 @@ def _tensor(path: Path, offset: int, entry: Entry) -> Tensor:
 def _regular_size(path: Path) -> int:
     """A file's size; links and devices are refused, because they lead out of the folder or never end."""
     found = path.lstat()
-    if stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is not a regular file")
     return found.st_size
 

@@ -41,7 +41,7 @@ def part_of(annotation: Any, tree: Any, *, wrong: Collection[Path], path: Path =
             for rewrite in field.metadata if not isinstance(value, Absent) else ():
                 value = _rewritten(value, rewrite)
         else:
-            value = None if field.is_required() else field.get_default(call_default_factory=True)
+            value = Absent() if field.is_required() else field.get_default(call_default_factory=True)
         object.__setattr__(made, name, value)
     return made
 

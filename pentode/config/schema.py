@@ -56,7 +56,7 @@ class GeneralArgs:
     step: NotNegative | None = Field(None, description="written by a save: the last step done")
     consumed_train_samples: NotNegative | None = Field(None, description="written by a save: sequences trained on")
     benchmark_csv_path: FilePath | None = Field(None, description="append a row about the run's speed to this CSV file")
-    ignore_sanity_checks: bool = Field(True, description="false: compare copies on several processes")
+    ignore_sanity_checks: bool = Field(True, description="false: compare the copies that processes hold alike")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one, else the CPU")
     deterministic: bool = Field(False, description="only kernels that give the same bits each time, as a CPU's do")
 

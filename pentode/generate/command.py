@@ -39,7 +39,8 @@ def generate_from(path: Path, prompts: Sequence[str], *, sampling: Sampling, dev
         if number > 0:
             yield RULE
         own = replace(sampling, seed=sampling.seed + number)
-        yield continue_text(model, tokenizer, prompt, config=config, sampling=own, device=place)
+        text = continue_text(model, tokenizer, prompt, config=config, sampling=own, device=place)
+        yield log.printable(text) if sys.stdout.isatty() else text  # an untrained model may write anything
 
 
 def _checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ from tests.helpers.tiny import tiny_yaml
 
 KILLS = 20
 IN_A_SAVE = 5  # at least so many of them leave a half-made checkpoint behind
-LAST = 24  # steps
+LAST = 18  # steps, a checkpoint after every third
 
 
 def command_in(folder: Path) -> Command:

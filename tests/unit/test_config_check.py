@@ -234,6 +234,11 @@ def test_a_rule_judges_what_is_right_beside_what_is_wrong() -> None:
     ]
 
 
+def test_a_list_with_something_wrong_in_it_is_not_judged() -> None:
+    where = "optimizer.weight_decay_exclude_named_params"
+    assert found(optimizer__weight_decay_exclude_named_params=["a(", 3]) == [f"{where}.1: 3 is not text"]
+
+
 def test_nothing_can_be_asked_of_what_is_wrong() -> None:
     absent: Any = Absent()
     for question in (

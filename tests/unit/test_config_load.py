@@ -191,6 +191,8 @@ def test_stages_are_ordered_by_their_first_step(tmp_path: Path) -> None:
     assert [stage.name for stage in config.data_stages] == ["a", "late"]
     found = problems(tmp_path, SMALL.replace("- {name: a", late.replace("null", "{text_file: 3}") + "- {name: a"))
     assert found == ["c.yaml:16: data_stages.1.data.dataset.text_file: 3 is not text"]
+    found = problems(tmp_path, SMALL.replace("- {name: a", "- {name: late, start_training_step: 4}\n- {name: a"))
+    assert found == ["c.yaml:16: data_stages.1.data: missing; needed: what is read"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pentode.config.dump import Dumper
@@ -136,6 +136,7 @@ PLAIN = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(PLAIN)
+@example({"\x85": ["\u2028", "1e-3", "null", "010", "\ufeff"], "3": "~"})
 def test_what_our_dumper_writes_our_reader_reads(data: object) -> None:
     text = yaml.dump(data, Dumper=Dumper, allow_unicode=True, width=1 << 20)
     assert read(text, source="f.yaml") == data

@@ -1,5 +1,6 @@
 """Generation: what comes next, when it ends, what an odd prompt or folder is told, with a model of our own."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pentode.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, To
 from pentode.dist.mesh import Mesh
 from pentode.errors import ConfigError, DataError
 from pentode.generate import text as texts
-from pentode.generate.command import RULE
+from pentode.generate.command import RULE, generate_from
 from pentode.generate.engine import generate
 from pentode.generate.sampling import Sampling, filtered, next_tokens
 from pentode.models.registry import model_for
@@ -275,6 +276,13 @@ def test_generate_without_a_prompt_begins_a_text(run: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert run_command(["generate", str(run), "--max-new-tokens", "40", "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out) == 41
+
+
+def test_a_terminal_is_not_repainted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentode.generate.command.continue_text", lambda *_, **__: "red \x1b[31m\n")
+    for terminal, shown in ((False, "red \x1b[31m\n"), (True, "red \\x1b[31m\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert next(generate_from(run, [""], sampling=GREEDY)) == shown
 
 
 def test_generate_from_no_checkpoint_exits_66(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

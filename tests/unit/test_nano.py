@@ -1,6 +1,7 @@
 """The nanoGPT2 guide's names do what the guide shows, and say what is wrong where something is."""
 
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import yaml
 
 from pentode.cli import run_command
 from pentode.config.load import config_from_dict, load_config
-from pentode.errors import ConfigError, DataError
+from pentode.errors import ConfigError, DataError, Interrupted
 from pentode.nano import GPT, PRESETS, CharDataset, NanoConfig, Trainer, get_config
+from pentode.train import loop
 from tests.helpers.source import ROOT
 from tests.helpers.tiny import rows, text, weights
 
@@ -208,21 +210,22 @@ def test_save_checkpoint_false_writes_nothing_and_a_model_can_be_trained_again(
     assert len(LINE.findall(capsys.readouterr().out)) == 4
 
 
-def test_an_interrupted_training_leaves_the_model_as_far_as_it_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_leaves_the_model_as_far_as_it_came(
+    saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(tmp_path, save_checkpoint=False)
-    model, straight = GPT(config), GPT(config)
-    Trainer(straight, replace(config, max_iters=3)).train(*sets())
+    straight = tiny(tmp_path, save_checkpoint=False, max_iters=3)
+    want = GPT(straight)
+    Trainer(want, straight).train(*sets())
 
-    def press_ctrl_c(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pentode.train.loop.validation_loss", press_ctrl_c)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: signal.raise_signal(signal.SIGINT))  # after step 3
+    config = tiny(tmp_path, save_checkpoint=saves)
+    model = GPT(config)
+    with pytest.raises(Interrupted if saves else KeyboardInterrupt):
         Trainer(model, config).train(*sets())
-    assert same(state_of(model), state_of(straight))
-    assert list(tmp_path.iterdir()) == []
+    assert same(state_of(model), state_of(want))
+    assert (tmp_path / "run" / "3").is_dir() == saves
+    assert (tmp_path / "run").exists() == saves
 
 
 def test_without_validation_data_the_line_has_no_val_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
