@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run a command and return the exit code; what went wrong is one line on stderr each, a traceback only for our bugs."""
+    """Run a command and return the exit code; each thing that went wrong is a line on stderr, our bugs are tracebacks."""
     try:
         result = app(arguments, standalone_mode=False, prog_name="pentode")
         return result if isinstance(result, int) else 0

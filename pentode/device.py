@@ -8,7 +8,6 @@ import torch
 
 from pentode.errors import ConfigError
 
-
 NAMES = ("auto", "cpu", "cuda")
 
 

@@ -229,9 +229,8 @@ class Trainer:
             print(f"iter {state.step}: complete; raise config.max_iters to go on")
             return
         saves = self.config.save_checkpoint
-        sinks = Sinks([IterationPrinter(self.config.eval_interval, self.config.max_iters)])
-        if saves:
-            sinks.sinks.append(JsonLines(root, resume_step=state.step))
+        printer = IterationPrinter(self.config.eval_interval, self.config.max_iters)
+        sinks = Sinks([printer, JsonLines(root, resume_step=state.step)] if saves else [printer])
         stop = StopSignal()
         with stop if saves else nullcontext():  # with nothing to save, Ctrl-C stops at once
             sinks.start({})

@@ -12,7 +12,7 @@ from pentode.parallel.spec import ParamSpec
 
 
 def from_hf(names: HFNames, theirs: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """Our tensors from theirs, from a whole model's file or its bare trunk's; some files of tied models repeat the head.
+    """Our tensors from theirs, of a whole model or its bare trunk; some files of tied models repeat the head.
 
     Raises CheckpointError for a tensor that no rule reads, and for an output layer that should be tied and is not.
     """

@@ -1,4 +1,4 @@
-"""What `pentode doctor` tells: versions, devices, which kernels pass a small test here, and the settings around them."""
+"""What `pentode doctor` tells: versions, devices, which kernels pass a small test here, and the settings about them."""
 
 import importlib.metadata
 import importlib.util
