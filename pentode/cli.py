@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run a command and return the exit code; each thing that went wrong is a line on stderr, our bugs are tracebacks."""
+    """Run a command and return the exit code; what went wrong is a line on stderr, but for our bugs: a traceback."""
     try:
         result = app(arguments, standalone_mode=False, prog_name="pentode")
         return result if isinstance(result, int) else 0

@@ -15,6 +15,7 @@ def continue_text(
 ) -> str:
     """The prompt and what the model, trained as `config` says, writes after it. An empty prompt begins a new text.
 
+    Tokens that only the model has, whose vocabulary may be the larger one, are left out.
     DataError for a prompt that the tokenizer or the model has no token for.
     """
     ids = _prompt_ids(tokenizer, prompt)
@@ -33,7 +34,7 @@ def continue_text(
     written = found[0, len(start) :].tolist()
     if tokenizer.eos_id in written:
         written = written[: written.index(tokenizer.eos_id)]
-    return tokenizer.decode(ids + written)
+    return tokenizer.decode(ids + [i for i in written if i < tokenizer.vocab_size])
 
 
 def context_length(config: Config) -> int:

@@ -229,6 +229,15 @@ def test_a_prompt_beyond_the_model_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_tokens_that_the_tokenizer_lacks_are_left_out(tmp_path: Path) -> None:
+    model, device = model_of(replace(GPT2, vocab_size=500), padded=500), torch.device("cpu")
+    config, sampling = tiny_config(tmp_path), Sampling(60, temperature=9.0)
+    for tokenizer in (ByteTokenizer(), CharTokenizer("ab")):
+        written = texts.continue_text(model, tokenizer, "ab", config=config, sampling=sampling, device=device)
+        assert written.startswith("ab")
+        assert len(written) < 62
+
+
 def test_positions_that_were_never_trained_are_not_used(tmp_path: Path) -> None:
     config = tiny_dict(tmp_path, model__model_config__n_positions=64)
     assert texts.context_length(config_from_dict(config)) == 16

@@ -168,7 +168,7 @@ def test_another_run_can_be_the_start(tmp_path: Path) -> None:
     assert run_command([*third, *only_weights]) == 0
     found = rows(tmp_path / "third")
     assert [row["step"] for row in found] == [1, 2]
-    assert found[0]["lm_loss"] < rows(first)[0]["lm_loss"] - 0.5, "it began with trained weights"
+    assert abs(found[0]["lm_loss"] - rows(first)[-1]["lm_loss"]) < 0.2, "it began with trained weights"
 
 
 def test_stages_follow_each_other_and_survive_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
