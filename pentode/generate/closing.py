@@ -18,8 +18,7 @@ def closing_sample(run: Run, root: Path) -> None:
     tokenizer = run.feed.tokenizer
     if tokenizer is None or run.world.rank != 0:
         return
-    source = run.feed.data.validation or run.feed.data.train
-    prompt = tokenizer.decode(source.samples(np.zeros(1, dtype=np.int64))[0, :PROMPT_TOKENS].tolist())
+    prompt = tokenizer.decode(run.feed.data.train.samples(np.zeros(1, dtype=np.int64))[0, :PROMPT_TOKENS].tolist())
     text = continue_text(run.stages[0], tokenizer, prompt, config=run.config, sampling=SAMPLE, device=run.device)
     log.info(f"Sample, going on from {prompt!r}:\n{text}")
     (root / "sample.txt").write_text(text, encoding="utf-8")
