@@ -57,8 +57,12 @@ def train(
 
     config, notes = load_with_notes(file, overrides or [])
     if nproc > 1:
+        from pentode.config.check import problems
         from pentode.dist.launch import start_local
 
+        found = problems(config, world_size=nproc)
+        if found:
+            raise ConfigError(found)
         arguments = ["train", str(file), *(overrides or []), *(["--fresh"] if fresh else [])]
         raise typer.Exit(start_local(nproc, arguments))
 

@@ -231,7 +231,7 @@ class Trainer:
         saves = self.config.save_checkpoint
         printer = IterationPrinter(self.config.eval_interval, self.config.max_iters)
         sinks = Sinks([printer, JsonLines(root, resume_step=state.step)] if saves else [printer])
-        stop = StopSignal()
+        stop = StopSignal(self.model.device)
         with stop if saves else nullcontext():  # with nothing to save, Ctrl-C stops at once
             sinks.start({})
             try:

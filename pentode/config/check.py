@@ -19,7 +19,6 @@ Found = Iterator[tuple[str, str]]  # dotted path, what is wrong there
 # `*` stands for each stage; a section is given by its class's name. Building a thing is removing its line.
 NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     "general.ignore_sanity_checks": ((True,), "comparing the copies of several processes"),
-    "parallelism.dp": ((1,), "data parallelism"),
     "parallelism.tp": ((1,), "tensor parallelism"),
     "parallelism.pp": ((1,), "pipeline parallelism"),
     "parallelism.context_parallel_size": ((1,), "context parallelism"),

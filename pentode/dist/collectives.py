@@ -88,6 +88,12 @@ def max_(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def wait_for_all() -> None:
+    """Return when every process of the run has come here (forward only, no backward); at once where there is one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def gather_objects(item: Item, axis: Axis) -> list[Item]:
     """Every rank's item, in rank order, on every rank. The items are pickled: only between ranks of one run."""
     if axis.size == 1:

@@ -1,16 +1,20 @@
 """How many processes a run has and which one this is, from torchrun or alone; and starting them."""
 
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pentode.errors import INTERNAL, ConfigError
+from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted
 
 TIMEOUT = timedelta(minutes=20)  # Nanotron's; a rank that writes a large cache alone may take long
 
@@ -38,10 +42,11 @@ def world() -> World:
     return World(*(int(value) for value in values.values()))
 
 
-def connect(here: World, *, backend: str) -> None:
+def connect(here: World, *, backend: str, device: torch.device) -> None:
     """Join the run's other processes; nothing to do alone."""
     if here.size > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
+        own = device if device.index is not None else None  # a GPU of its own, which NCCL wants to know at once
+        dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
 
 
 def disconnect() -> None:
@@ -53,8 +58,10 @@ def disconnect() -> None:
 def start_local(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m pentode ARGUMENTS` in `processes` local processes, with torch's elastic launcher.
 
-    Returns the exit code of the first process that failed, or 0.
+    Returns the exit code of the first process that failed, or 0. A signal is passed on to all of them, and its code
+    returned once they have saved and ended.
     """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,4 +76,6 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else INTERNAL
+    except SignalException as stopped:
+        return Interrupted.exit_code if stopped.sigval == signal.SIGINT else Preempted.exit_code
     return 0

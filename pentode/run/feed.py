@@ -11,6 +11,7 @@ from pentode.data.loader import Loader, validation_batches
 from pentode.data.open import StageData
 from pentode.data.stages import Stage, plan_stages, stage_at
 from pentode.data.tokenizer import Tokenizer
+from pentode.dist.collectives import wait_for_all
 from pentode.dist.mesh import Mesh
 from pentode.parallel.batch import Batch
 
@@ -42,7 +43,7 @@ class Feed:
                     "from memory"
                 )
                 self.close()
-            self.stage, self.data = stage, self._open(stage)
+            self.stage, self.data = stage, self._open_in_turn(stage)
         return self.data
 
     def batches(self, step: int, *, consumed: int, first_number: int) -> list[Batch]:
@@ -84,6 +85,16 @@ class Feed:
         if self.loader is not None:
             self.loader.close()
         self.loader = self.data = None
+
+    def _open_in_turn(self, stage: Stage) -> StageData:
+        """First on one rank, which prepares and keeps what the others then only read."""
+        first = self.mesh.data.rank == 0
+        if not first:
+            wait_for_all()
+        opened = self._open(stage)
+        if first:
+            wait_for_all()
+        return opened
 
     def _open(self, stage: Stage) -> StageData:
         return StageData.open(

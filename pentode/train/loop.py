@@ -48,7 +48,7 @@ def train(
         save()
     journal.meter.start()
     while state.step < last:
-        if stop.asked:
+        if stop.asked_anywhere(run.mesh.data, now=records_are_due(run, state.step)):
             if state.step > 0:
                 save()
             raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")

@@ -3,7 +3,10 @@
 import signal
 from types import FrameType, TracebackType
 
-from pentode import log
+import torch
+
+from pentode.dist import collectives
+from pentode.dist.mesh import Axis
 from pentode.errors import Interrupted, Preempted
 
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # from a scheduler before its limit
@@ -12,7 +15,8 @@ PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # from a scheduler before its lim
 class StopSignal:
     """Listens while it is entered. A second Ctrl-C does not wait for the step to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.asked: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
 
@@ -25,6 +29,20 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def asked_anywhere(self, data: Axis, *, now: bool) -> bool:
+        """Whether any rank was asked to stop; with several ranks they agree on that where `now`, and else go on.
+
+        A signal reaches ranks at different steps, and none may leave the others in a collective.
+        """
+        if data.size == 1:
+            return self.asked is not None
+        if not now:
+            return False
+        number = collectives.max_(torch.tensor(self.asked or 0, device=self.device), data).item()
+        if number:  # never back to None: a signal may have come since this rank looked
+            self.asked = signal.Signals(number)
+        return number != 0
+
     def error(self, where: str) -> Preempted | Interrupted:
         """What the run ends with; `where` says what was saved."""
         kind = Interrupted if self.asked == signal.SIGINT else Preempted
@@ -33,5 +51,4 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number)
-        log.warning(f"{self.asked.name}: stopping after this step")
+        self.asked = signal.Signals(number)  # and nothing else: a print may have been interrupted

@@ -12,6 +12,7 @@ from pentode.checkpoint.save import clean, remove_run
 from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
+from pentode.dist.collectives import wait_for_all
 from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.build import Run, build, initialise_weights
@@ -46,15 +47,15 @@ def start(
     log.setup(
         rank=here.rank, dp=here.rank, level=config.logging.log_level, replica_level=config.logging.log_level_replica
     )
-    launch.connect(here, backend=devices.backend(device))
+    launch.connect(here, backend=devices.backend(device), device=device)
     root = config.checkpoints.checkpoints_path
-    if fresh:
+    if fresh and here.rank == 0:
         remove_run(root)
     log.to_file(root / "logs" / f"rank-{here.rank}.log")
     for note in notes:
         log.warning(note)
     try:
-        with StopSignal() as stop:
+        with StopSignal(device) as stop:
             _train_in(root, config, here, stop, after_save, at_end)
     finally:
         launch.disconnect()
@@ -68,8 +69,7 @@ def _train_in(
     after_save: Sequence[AfterSave],
     at_end: Sequence[AtEnd],
 ) -> None:
-    clean(root)
-    checkpoint = _source(config, root)
+    checkpoint = _source(config, root, here)
     if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= config.tokens.train_steps:
         log.info(
             f"{checkpoint.folder}: complete at step {checkpoint.step}; --fresh starts over, tokens.train_steps goes on"
@@ -92,7 +92,8 @@ def _train_in(
     for finish in at_end:
         finish(run, root)
     run.feed.close()
-    refresh(after_save, root)
+    if here.rank == 0:
+        refresh(after_save, root)
 
 
 def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root: Path) -> tuple[Run, TrainState]:
@@ -112,9 +113,18 @@ def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root
     return run, state
 
 
-def _source(config: Config, root: Path) -> Checkpoint | None:
-    """The checkpoint to go on from: the run's own newest one, else the one that the config names."""
-    own = newest(root, quarantine=True)
+def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None:
+    """The checkpoint to go on from: the run's own newest one, else the one that the config names.
+
+    Rank 0 tidies up what a crash left behind, before the others look.
+    """
+    own = None
+    if here.rank == 0:
+        clean(root)
+        own = newest(root, quarantine=True)
+    wait_for_all()
+    if here.rank != 0:
+        own = newest(root)
     other = config.checkpoints.resume_checkpoint_path
     if own is not None or other is None:
         return own

@@ -11,6 +11,7 @@ from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import Checkpoint
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
+from pentode.dist.collectives import wait_for_all
 from pentode.errors import CheckpointError
 from pentode.parallel.spec import ParamSpec, specs_of
 from pentode.run.build import Run
@@ -43,13 +44,19 @@ class TrainState:
         self.fingerprints[stage.name] = run.feed.data.fingerprint
 
 
-def save_state(run: Run, state: TrainState, root: Path) -> Path:
-    """Write a checkpoint of the run as it stands after `state.step` updates; returns its folder."""
+def save_state(run: Run, state: TrainState, root: Path) -> None:
+    """Write a checkpoint of the run as it stands after `state.step` updates; every rank returns when it is there."""
+    if run.world.rank == 0:
+        _write(run, state, root)
+    wait_for_all()
+
+
+def _write(run: Run, state: TrainState, root: Path) -> None:
     general = replace(run.config.general, step=state.step, consumed_train_samples=state.consumed_samples)
     files = {"config.yaml": to_yaml(replace(run.config, general=general)).encode()}
     if run.feed.tokenizer is not None:
         files |= run.feed.tokenizer.files()
-    return save(
+    save(
         root,
         step=state.step,
         groups={"weights": _weights(run), "optimizer": _optimizer(run)},
