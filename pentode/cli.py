@@ -1,13 +1,18 @@
 """The commands. Each imports what it needs when it runs, so that help, check and completion never load torch."""
 
+import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
-from pentode.errors import INTERNAL, OUT_OF_MEMORY, ConfigError
+from pentode.errors import INTERNAL, OUT_OF_MEMORY, ConfigError, Preempted
 from pentode.version import VERSION
 
 UsageError = typer.BadParameter.__base__  # click's, or the one that newer typers bring along
@@ -49,13 +54,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 def train(
     file: File,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(help="start this many local processes")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="start this many local processes")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="remove the run in checkpoints_path and start over")] = False,
 ) -> None:
     """Train the model that FILE describes; the same command again goes on where the run stopped."""
+    with _preemptible():
+        _train(file, overrides or [], nproc=nproc, fresh=fresh)
+
+
+def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None:
     from pentode.config.load import load_with_notes
 
-    config, notes = load_with_notes(file, overrides or [])
+    config, notes = load_with_notes(file, overrides)
     if nproc > 1:
         from pentode.config.check import problems
         from pentode.dist.launch import start_local
@@ -63,7 +73,7 @@ def train(
         found = problems(config, world_size=nproc)
         if found:
             raise ConfigError(found)
-        arguments = ["train", str(file), *(overrides or []), *(["--fresh"] if fresh else [])]
+        arguments = ["train", str(file), *overrides, *(["--fresh"] if fresh else [])]
         raise typer.Exit(start_local(nproc, arguments))
 
     from pentode.generate.closing import closing_sample
@@ -71,6 +81,21 @@ def train(
     from pentode.train.start import start
 
     start(config, notes=notes, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
+
+
+@contextmanager
+def _preemptible() -> Iterator[None]:
+    """A scheduler's signal ends what begins a run (it takes seconds to load torch) with the code that asks for more."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(f"{signal.Signals(number).name}: nothing was trained yet; the same command begins again")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()
@@ -145,6 +170,9 @@ def run_command(arguments: list[str]) -> int:
     try:
         result = app(arguments, standalone_mode=False, prog_name="pentode")
         return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `pentode check FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ConfigError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
@@ -163,7 +191,7 @@ def _explain(error: Exception) -> int:
     code = getattr(error, "exit_code", None)
     if code is None and isinstance(error, OSError):
         code = DISK
-    if code is None and type(error).__name__ == "OutOfMemoryError":
+    if code is None and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
         code = OUT_OF_MEMORY
     if code is None:
         traceback.print_exc()

@@ -81,6 +81,7 @@ def reset_peak_memory(device: torch.device) -> None:
 def be_deterministic() -> None:
     """Refuse kernels whose result depends on timing, so that a resumed run repeats the uninterrupted one."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
     torch.backends.cudnn.benchmark = False
 
 

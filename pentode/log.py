@@ -42,8 +42,12 @@ class RankHandler(logging.Handler):
         self.stream = stream
         self.printer: Callable[[str], None] | None = None  # the live progress display, while there is one
         self.said: set[str] = set()
+        self.silent = False
+        self.file: TextIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.silent:
+            return
         stream = self.stream or sys.stdout  # looked up now: whoever swaps sys.stdout gets the lines
         text = self.lines(record, colour=stream.isatty())
         if self.printer is not None:
@@ -52,8 +56,14 @@ class RankHandler(logging.Handler):
         try:
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
             stream.flush()
-        except BrokenPipeError:
-            LOGGER.disabled = True  # `| head` has seen enough; the run goes on
+        except OSError:
+            self.silent = True  # a full disk, or a reader that has seen enough: neither may end a run
+
+    def close(self) -> None:
+        """Close the file that this handler writes to, if it is its own."""
+        if self.file is not None:
+            self.file.close()
+        super().close()
 
     def lines(self, record: logging.LogRecord, *, colour: bool) -> str:
         clock = time.strftime("%m/%d/%Y %H:%M:%S", time.localtime(record.created))
@@ -77,6 +87,8 @@ def setup(
 
     Without `stream`, lines go to whatever sys.stdout is at that moment.
     """
+    for handler in LOGGER.handlers[1:]:
+        handler.close()
     LOGGER.handlers[:] = [RankHandler(place=f"DP={dp}|PP={pp}|TP={tp}", rank=rank, stream=stream)]
     LOGGER.setLevel((level if rank == 0 else replica_level).upper())
     LOGGER.propagate = False
@@ -87,7 +99,10 @@ def to_file(path: Path) -> None:
     """Also append every line to a file, without colour; its folder is made if need be. A later `setup` ends that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = _handler()
-    LOGGER.addHandler(RankHandler(place=first.place, rank=first.rank, stream=path.open("a", encoding="utf-8")))
+    file = path.open("a", encoding="utf-8")
+    second = RankHandler(place=first.place, rank=first.rank, stream=file)
+    second.file = file
+    LOGGER.addHandler(second)
 
 
 def debug(message: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pentode import device as devices
 from pentode import log
 from pentode.checkpoint.load import Checkpoint, newest
+from pentode.checkpoint.lock import locked
 from pentode.checkpoint.save import clean
 from pentode.config.load import config_from_dict
 from pentode.config.schema import Config
@@ -37,6 +38,7 @@ from pentode.metrics.jsonl import JsonLines
 from pentode.metrics.record import Record
 from pentode.metrics.sinks import Sinks
 from pentode.parallel.batch import Batch
+from pentode.report.page import write_report
 from pentode.run.build import Run, assemble, build_model, initial_weights
 from pentode.run.feed import Feed
 from pentode.train.loop import train
@@ -172,6 +174,12 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, vocabulary] for what follows each of idx [B, T], and their mean loss against targets [B, T]."""
         rows, length = idx.shape
+        largest = int(idx.max())
+        if length > self.config.block_size or largest >= self.config.vocab_size:
+            raise ValueError(
+                f"GPT: {length} tokens with ids up to {largest}, but block_size is {self.config.block_size} and "
+                f"vocab_size {self.config.vocab_size}"
+            )
         positions = torch.arange(length, device=idx.device).repeat(rows)
         samples = torch.randint(SAMPLE_NUMBERS, (rows,), device=idx.device)  # new dropout masks at each call
         logits = self.core.logits(None, Batch(idx.flatten(), idx.flatten(), positions, samples))  # [B * T, vocabulary]
@@ -208,15 +216,20 @@ class Trainer:
             found += self._misfits("val_dataset", val_dataset)
         if found:
             raise ConfigError(found)
-        log.setup(level="warning")
-        device, mesh, root = devices.pick(config.general.device), Mesh.single(), config.checkpoints.checkpoints_path
+        log.setup(level="error")
+        root = config.checkpoints.checkpoints_path
+        with locked(root) if self.config.save_checkpoint else nullcontext():
+            self._train_in(root, config, _stage_data(train_dataset, val_dataset))
+
+    def _train_in(self, root: Path, config: Config, data: StageData) -> None:
+        device, mesh = devices.pick(config.general.device), Mesh.single()
         checkpoint = self._checkpoint(root)
-        feed = Feed(config, mesh, device, data=_stage_data(train_dataset, val_dataset))
+        feed = Feed(config, mesh, device, data=data)
         core = build_model(config, mesh, device)
         core.load_state_dict(self.model.core.state_dict())
         run = assemble(config, World(), mesh, device, feed, core)
         state = TrainState() if checkpoint is None else restore(run, checkpoint)
-        if state.fingerprints.get(feed.stage.name, feed.data.fingerprint) != feed.data.fingerprint:
+        if state.order_keys.get(feed.stage.name, feed.order_key) != feed.order_key:
             raise ConfigError([f"checkpoint_dir: the run in {root} was trained on another text; use another folder"])
         try:
             self._train(run, state, root)
@@ -232,10 +245,12 @@ class Trainer:
         printer = IterationPrinter(self.config.eval_interval, self.config.max_iters)
         sinks = Sinks([printer, JsonLines(root, resume_step=state.step)] if saves else [printer])
         stop = StopSignal(self.model.device)
+        views = [write_report] if saves else []
         with stop if saves else nullcontext():  # with nothing to save, Ctrl-C stops at once
             sinks.start({})
             try:
-                train(run, state, root=root, sinks=sinks, stop=stop)
+                with stop.until_saved():
+                    train(run, state, root=root, sinks=sinks, stop=stop, after_save=views)
             finally:
                 sinks.close("closed")
 

@@ -130,16 +130,16 @@ class Checkpoint:
             raise DamagedError(f"{self}: {path.name}: {_reason(error)}") from error
 
     def _compare(self, group: str, there: Mapping[str, Entry], here: Mapping[str, Saved]) -> None:
+        differ = f"the two {'models' if group == 'weights' else 'optimizers'} differ"
         for name in sorted(here.keys() - there.keys()):
-            raise CheckpointError(f"{self}: {name} is not in its {group}; the two models differ")
+            raise CheckpointError(f"{self}: {name} is not in its {group}; {differ}")
         for name in sorted(there.keys() - here.keys()):
-            raise CheckpointError(f"{self}: {name} is in its {group}, but not in this model; the two models differ")
+            raise CheckpointError(f"{self}: {name} is in its {group}, but not in this model; {differ}")
         for name, saved in here.items():
             theirs = there[name]
             if theirs.global_shape != tuple(saved.global_shape):
                 raise CheckpointError(
-                    f"{self}: {name} is {list(theirs.global_shape)} there, {list(saved.global_shape)} here; "
-                    "the two models differ"
+                    f"{self}: {name} is {list(theirs.global_shape)} there, {list(saved.global_shape)} here; {differ}"
                 )
             if torch.promote_types(theirs.dtype, saved.tensor.dtype) != saved.tensor.dtype:
                 raise CheckpointError(

@@ -41,6 +41,7 @@ RUN_FILES = (
     "metrics.*.jsonl.old",
     "report.html",
     "loss.png",
+    ".loss.png.tmp",
     "sample.txt",
     "logs/rank-*.log",
     ".bad-*",
@@ -169,8 +170,11 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> Path:
 def _name_latest(root: Path, step: int) -> None:
     """Say in latest.txt which checkpoint is the newest; people read it, Pentode does not."""
     temporary = root / _passing("tmp", "latest")
-    storage.write(temporary, [f"{step}\n".encode()])
-    storage.rename(temporary, root / "latest.txt")
+    try:
+        storage.write(temporary, [f"{step}\n".encode()])
+        storage.rename(temporary, root / "latest.txt")
+    except OSError as error:
+        log.warning(f"{root / 'latest.txt'}: could not be written ({error}); the checkpoint itself is there")
 
 
 def _passing(why: str, what: int | str) -> str:

@@ -247,6 +247,9 @@ def _doubts(c: Config) -> Found:
         for path, length in _lengths(c):
             if length > shape.max_positions:
                 yield path, f"{length} is more than model.model_config.max_position_embeddings={shape.max_positions}"
+    for key in ("step", "consumed_train_samples"):
+        if getattr(c.general, key) is not None:
+            yield f"general.{key}", "is written by a save and read by nobody; checkpoints know where they are"
     s, steps = c.optimizer.learning_rate_scheduler, c.tokens.train_steps
     if s.lr_warmup_steps >= steps:
         yield (

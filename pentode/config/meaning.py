@@ -22,14 +22,14 @@ def _facts(c: Config) -> Iterator[tuple[str, str]]:
         f"micro-batch {tokens.micro_batch_size} x accumulation {tokens.batch_accumulation_per_replica} x dp {p.dp}"
     )
     yield "global batch", f"{batch} sequences = {product}"
-    yield "", f"{c.global_batch_size_in_tokens:,} tokens, at {tokens.sequence_length} a sequence"
-    steps = tokens.train_steps
-    yield "run", f"{steps:,} steps, {_tokens(c):,} tokens"
+    lengths = _steps_of_length(c)
+    for length in lengths:
+        yield "", f"{batch * length:,} tokens, at {length} a sequence"
+    run_tokens = sum(batch * length * steps for length, steps in lengths.items())
+    yield "run", f"{tokens.train_steps:,} steps, {run_tokens:,} tokens"
     if shape.vocab_size > 0:
-        yield (
-            "operations",
-            f"{shape.flops_per_sequence(tokens.sequence_length) * batch * steps:.3g} FLOP, attention in full",
-        )
+        flops = sum(batch * shape.flops_per_sequence(length) * steps for length, steps in lengths.items())
+        yield "operations", f"{flops:.3g} FLOP, attention in full"
     for stage, last in zip(c.data_stages, _last_steps(c), strict=True):
         kind = "dummy data" if stage.data.dataset is None else stage.data.dataset.type
         yield "stage", f"{stage.name}: steps {stage.start_training_step} to {last}, {kind}"
@@ -56,14 +56,13 @@ def _parameters(c: Config) -> Iterator[tuple[str, str]]:
     yield "", f"{_human(count * total)}B with gradients, masters and optimizer: {total} bytes a parameter"
 
 
-def _tokens(c: Config) -> int:
-    """Tokens of the whole run; stages may have lengths of their own."""
-    return sum(
-        (last - stage.start_training_step + 1)
-        * c.global_batch_size
-        * (stage.sequence_length or c.tokens.sequence_length)
-        for stage, last in zip(c.data_stages, _last_steps(c), strict=True)
-    )
+def _steps_of_length(c: Config) -> dict[int, int]:
+    """How many steps have sequences of each length; stages may have lengths of their own."""
+    steps: dict[int, int] = {}
+    for stage, last in zip(c.data_stages, _last_steps(c), strict=True):
+        length = stage.sequence_length or c.tokens.sequence_length
+        steps[length] = steps.get(length, 0) + last - stage.start_training_step + 1
+    return steps
 
 
 def _last_steps(c: Config) -> list[int]:

@@ -7,8 +7,6 @@ An axis of size 1 makes each of them the identity.
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +14,6 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist.mesh import Axis
 
-Item = TypeVar("Item")
 _ops = torch.ops._c10d_functional
 
 
@@ -92,15 +89,6 @@ def wait_for_all() -> None:
     """Return when every process of the run has come here (forward only, no backward); at once where there is one."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def gather_objects(item: Item, axis: Axis) -> list[Item]:
-    """Every rank's item, in rank order, on every rank. The items are pickled: only between ranks of one run."""
-    if axis.size == 1:
-        return [item]
-    items: list[Item] = [item] * axis.size
-    dist.all_gather_object(items, item, group=axis.group)
-    return items
 
 
 class _Replicate(torch.autograd.Function):

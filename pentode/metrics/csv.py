@@ -3,9 +3,11 @@
 import csv
 import fcntl
 import io
+from bisect import bisect
 from collections import deque
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 from pentode import log
 from pentode.metrics.record import Record
@@ -49,11 +51,13 @@ class BenchmarkCsv:
             return
         measured = list(self.records)[WARM_UP:] or list(self.records)
         last = self.records[-1]
+        lengths = cast("dict[int, int]", self.info.get("sequence_lengths", {}))
         row = {
+            "project": log.printable(str(self.info.get("project", ""))),  # for a file whose columns ask for it
             "job_id": self.info.get("job_id", ""),
             "name": log.printable(str(self.info.get("run", ""))),
             "nodes": self.info.get("nodes", 1),
-            "seq_len": self.info.get("sequence_length", ""),
+            "seq_len": _lengths(lengths, [r.step for r in measured]),
             "mbs": self.info.get("micro_batch_size", ""),
             "batch_accum": self.info.get("batch_accumulation_per_replica", ""),
             "gbs": last.global_batch_size,
@@ -78,6 +82,13 @@ def append(path: Path, row: dict[str, object]) -> None:
         if not header:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _lengths(by_first_step: dict[int, int], steps: list[int]) -> str:
+    """The sequence lengths that `steps` had, in the order in which they came: 256, or 256+1024."""
+    starts = sorted(by_first_step)
+    had = (by_first_step[starts[bisect(starts, step) - 1]] for step in steps if starts and step >= starts[0])
+    return "+".join(str(length) for length in dict.fromkeys(had))
 
 
 def _median(values: list[float | None]) -> float | str:

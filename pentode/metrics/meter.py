@@ -4,16 +4,28 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pentode.metrics.record import Record
 
 
-class Meter:
-    """A clock over steps, and the work that one step is.
+@dataclass(frozen=True)
+class Work:
+    """What steps do, over all ranks: tokens; operations, forward and backward, attention in full and by half."""
 
-    flops, causal_flops   of one step over all ranks, forward and backward, attention counted in full and by half
-    peak_flops            of one device (see peak_flops.py); None means that no MFU is given
+    tokens: int
+    flops: float
+    causal_flops: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.tokens + other.tokens, self.flops + other.flops, self.causal_flops + other.causal_flops)
+
+
+class Meter:
+    """A clock over steps, which makes speeds of the work done.
+
+    peak_flops  of one device (see peak_flops.py); None means that no MFU is given
 
     A step's time is the wall time since the record before it (or `start`), less what ran inside `outside()`:
     evaluation, checkpoints, sampling. The caller reads the loss from the device before it asks for a record, so that
@@ -23,18 +35,12 @@ class Meter:
     def __init__(
         self,
         *,
-        flops: float,
-        causal_flops: float,
         global_batch_size: int,
-        sequence_length: int,
         world_size: int,
         peak_flops: float | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.flops = flops
-        self.causal_flops = causal_flops
         self.global_batch_size = global_batch_size
-        self.tokens = global_batch_size * sequence_length
         self.world_size = world_size
         self.peak_flops = peak_flops
         self._clock = clock
@@ -57,6 +63,7 @@ class Meter:
         self,
         step: int,
         *,
+        work: Work,
         consumed_tokens: int,
         lm_loss: float,
         lr: float,
@@ -69,13 +76,14 @@ class Meter:
     ) -> Record:
         """The record of `step`, and the start of the next step's time.
 
-        `steps`: how many ran since the last record; the time is their mean. `disk`: a folder on the disk to look at;
-        given at the steps whose line shall show memory (Nanotron: the first four, and after a checkpoint).
+        `steps`, `work`: how many ran since the last record, and all that they did; the time given is a step's mean.
+        `disk`: a folder on the disk to look at; given at the steps whose line shall show memory (Nanotron: the first
+        four, and after a checkpoint).
         """
         now = self._clock()
-        seconds = max(now - self._since, 1e-9) / steps  # a clock may tick coarsely; nothing divides by zero
+        seconds = max(now - self._since, 1e-9)  # a clock may tick coarsely; nothing divides by zero
         self._since = now
-        teraflops = self.flops / seconds / self.world_size / 1e12
+        teraflops = work.flops / seconds / self.world_size / 1e12
         total, used, free = shutil.disk_usage(disk) if disk else (None, None, None)
         return Record(
             step=step,
@@ -85,15 +93,15 @@ class Meter:
             lr=lr,
             consumed_tokens=consumed_tokens,
             global_batch_size=self.global_batch_size,
-            tokens_per_sec=self.tokens / seconds,
-            tokens_per_sec_per_gpu=self.tokens / seconds / self.world_size,
+            tokens_per_sec=work.tokens / seconds,
+            tokens_per_sec_per_gpu=work.tokens / seconds / self.world_size,
             model_tflops_per_gpu=teraflops,
             hardware_tflops_per_gpu=teraflops,  # nothing is recomputed yet
-            elapsed_time_per_iteration_ms=seconds * 1000,
+            elapsed_time_per_iteration_ms=seconds / steps * 1000,
             cuda_memory_allocated=memory_allocated,
             cuda_max_memory_reserved=memory_reserved,
-            mfu=self._utilisation(self.flops, seconds),
-            mfu_causal=self._utilisation(self.causal_flops, seconds),
+            mfu=self._utilisation(work.flops, seconds),
+            mfu_causal=self._utilisation(work.causal_flops, seconds),
             hd_total_memory_tb=total,
             hd_used_memory_tb=used,
             hd_free_memory_tb=free,

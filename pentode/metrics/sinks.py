@@ -38,7 +38,13 @@ class Sinks:
         self._each("log", record)
 
     def close(self, status: str) -> None:
-        """`status` says how the run ended: done, preempted, failed. Closing twice closes once."""
+        """`status` says how the run ended. Closing twice closes once.
+
+        done     all its steps are done
+        stopped  a signal ended it
+        failed   an error ended it
+        closed   the caller does not tell these apart
+        """
         self._each("close", status)
         self.sinks = []
 
@@ -63,10 +69,14 @@ def open_sinks(config: "Config", *, run: str, resume_step: int = 0) -> Sinks:
     opened = Sinks(sinks)
     opened.start(
         {
+            "project": config.general.project,
             "run": run,
             "job_id": os.environ.get("SLURM_JOB_ID", ""),
             "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),  # torchrun's word for the number of nodes
-            "sequence_length": config.tokens.sequence_length,
+            "sequence_lengths": {  # by the first step that has it
+                stage.start_training_step: stage.sequence_length or config.tokens.sequence_length
+                for stage in config.data_stages
+            },
             "micro_batch_size": config.tokens.micro_batch_size,
             "batch_accumulation_per_replica": config.tokens.batch_accumulation_per_replica,
         }

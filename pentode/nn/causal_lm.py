@@ -87,7 +87,8 @@ class CausalLM(nn.Module):
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The batch's tokens, or the activations [T, D] of the part before, to activations, or to the loss (last part).
 
-        The loss is 0-d, a sum over the tokens with a label; divide by their number over all ranks and micro-batches.
+        The loss is 0-d, a sum over the tokens with a label; divide by their number over all ranks and micro-batches. In
+        training it includes the z-loss, where the shape asks for one.
         """
         shared = self.shared(batch)
         x = self.embedded(batch, shared) if self.part.first else x
@@ -96,7 +97,9 @@ class CausalLM(nn.Module):
         if not self.part.last:
             return x
         x = self.place.enter(self.norm(x))  # [T, D]
-        return vocab_loss(x, self.output_weight, batch.labels, vocab=self.vocab, z_loss=self.z_loss)
+        return vocab_loss(
+            x, self.output_weight, batch.labels, vocab=self.vocab, z_loss=self.z_loss if self.training else 0.0
+        )
 
     def logits(self, x: Tensor | None, batch: Batch, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
         """As `forward`, but the last part gives logits [T, vocabulary], or [B, vocabulary] of each sequence's end.

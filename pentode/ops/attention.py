@@ -37,9 +37,11 @@ def attention_with_dropout(
     N, repeat = k.shape[1], H // k.shape[2]
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # [B * H, S or N, E]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(wide), k.to(wide)  # the fused kernels keep their scores in float32, too
     hidden = q.new_zeros(S, N).masked_fill_(~_visible(S, N, q.device), -torch.inf)
     scores = torch.baddbmm(hidden.expand(B * H, S, N), q, k.transpose(1, 2), alpha=E**-0.5)  # [B * H, S, N]
-    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+    probabilities = scores.softmax(dim=-1).to(v.dtype)
     per_head = -(-N // DRAWS)  # each head begins a group, so that any part of the heads draws whole groups
     groups = torch.arange(head_start * per_head, (head_start + H) * per_head, device=q.device)
     keep = keep_mask(p, keys=(keys + site).view(B, 1, S, 1), groups=groups.view(H, 1, per_head))

@@ -124,6 +124,9 @@ class VocabTable(nn.Module):
             raise ValueError(f"VocabTable: padded to {padded} rows, fewer than the vocabulary's {vocab_size}")
         self.place = place
         self.weight = place.parameter(vocab_size, d, cut=Cut(0, place.tp, (padded,)))
+        rows = self.weight.shape[0]
+        held = min(max(vocab_size - place.tp.rank * rows, 0), rows)
+        self.weight.data[held:].zero_()  # neither initialisation nor a checkpoint fills what belongs to nobody
 
 
 class VocabEmbedding(VocabTable):

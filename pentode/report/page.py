@@ -56,7 +56,7 @@ def page(rows: Sequence[Row], *, name: str, config: str, sample: str, picture: b
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(name)}</title><style>{style}</style></head><body>",
-        _header(rows, name=name, train_steps=_train_steps(config)),
+        _header(rows, name=name, project=_value(config, "project"), train_steps=_train_steps(config)),
         *(_results(rows) if series(rows, "lm_loss") else ["<p>No step has been recorded yet.</p>"]),
     ]
     if sample:
@@ -71,14 +71,15 @@ def page(rows: Sequence[Row], *, name: str, config: str, sample: str, picture: b
     return "\n".join(parts)
 
 
-def _header(rows: Sequence[Row], *, name: str, train_steps: int | None) -> str:
+def _header(rows: Sequence[Row], *, name: str, project: str, train_steps: int | None) -> str:
     step = rows[-1]["step"] or 0 if rows else 0
     done = train_steps is not None and step >= train_steps
     state = "complete" if done else f"step {step:,}" + (f" of {train_steps:,}" if train_steps else "")
     when = rows[-1].get("wall_time") if rows else None
     date = time.strftime("last step on %d %B %Y, %H:%M", time.localtime(when)) if when else ""
     kind = "state done" if done else "state"
-    return f'<header><h1>{_text(name)}</h1><span class="{kind}">{state}</span><p>{date}</p></header>'
+    facts = ", ".join(fact for fact in (project and f"project {project}", date) if fact)
+    return f'<header><h1>{_text(name)}</h1><span class="{kind}">{state}</span><p>{_text(facts)}</p></header>'
 
 
 def _results(rows: Sequence[Row]) -> list[str]:
@@ -159,9 +160,14 @@ def _config_text(run_folder: Path) -> str:
 
 def _run_name(config: str) -> str:
     """`general.run` as the config has it; "" where it is missing or still holds a placeholder."""
-    found = re.search(r"^ +run: *(.+?) *$", config, re.MULTILINE)
-    name = found[1].strip("'\"") if found else ""
+    name = _value(config, "run")
     return "" if "%" in name else name
+
+
+def _value(config: str, key: str) -> str:
+    """The first value that stands under `key`, "" where none does."""
+    found = re.search(rf"^ +{key}: *(.+?) *$", config, re.MULTILINE)
+    return found[1].strip("'\"") if found else ""
 
 
 def _train_steps(config: str) -> int | None:

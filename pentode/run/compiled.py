@@ -12,6 +12,7 @@ def compile_blocks(models: Iterable[CausalLM], *, mode: str, device: torch.devic
     """Compile each block where `mode` says so: "on", "off", or "auto", which means on a GPU. Returns whether it did."""
     wanted = mode == "on" or (mode == "auto" and devices.is_gpu(device))
     if wanted:
+        torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled
         compiled = torch.compile(run_block, fullgraph=True)
         for model in models:
             model.run_block = compiled

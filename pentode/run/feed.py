@@ -11,6 +11,7 @@ from pentode.data.loader import Loader, validation_batches
 from pentode.data.open import StageData
 from pentode.data.stages import Stage, plan_stages, stage_at
 from pentode.data.tokenizer import Tokenizer
+from pentode.data.windows import fingerprint_of
 from pentode.dist.collectives import wait_for_all
 from pentode.dist.mesh import Mesh
 from pentode.parallel.batch import Batch
@@ -76,15 +77,26 @@ class Feed:
             yield batch.to(self.device)
 
     @property
+    def order_key(self) -> str:
+        """A hash of all that decides which tokens the open stage's n-th sample has."""
+        args = self.config.data_stages[self.stage.index].data
+        return fingerprint_of(self.data.fingerprint, len(self.data.train), self.stage.sequence_length, args.seed)
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The open stage's tokenizer, which checkpoints carry."""
         return None if self.data is None else self.data.tokenizer
 
-    def close(self) -> None:
-        """Stop preparing batches."""
+    def stop(self) -> None:
+        """Prepare no more batches; the open stage's data stays."""
         if self.loader is not None:
             self.loader.close()
-        self.loader = self.data = None
+        self.loader = None
+
+    def close(self) -> None:
+        """Let the open stage go."""
+        self.stop()
+        self.data = None
 
     def _open_in_turn(self, stage: Stage) -> StageData:
         """First on one rank, which prepares and keeps what the others then only read."""

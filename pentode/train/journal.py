@@ -1,13 +1,16 @@
 """Steps whose numbers are still on the device, and the records made of them: one wait for the host a flush."""
 
+import math
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
 
 from pentode import device as devices
 from pentode.errors import NonFiniteError
-from pentode.metrics.meter import Meter
+from pentode.metrics.meter import Meter, Work
 from pentode.metrics.peak_flops import peak_flops
 from pentode.metrics.sinks import Sinks
 from pentode.run.build import Run
@@ -30,16 +33,11 @@ class Journal:
     """Collects steps, and writes their records when asked to."""
 
     def __init__(self, run: Run, sinks: Sinks, root: Path) -> None:
-        config = run.config
-        shape, length = config.model.model_config, config.tokens.sequence_length
         self.run, self.sinks, self.root = run, sinks, root
         self.done: list[Done] = []
         self.show_disk = True
         self.meter = Meter(
-            flops=shape.flops_per_sequence(length) * config.global_batch_size,
-            causal_flops=shape.causal_flops_per_sequence(length) * config.global_batch_size,
-            global_batch_size=config.global_batch_size,
-            sequence_length=length,
+            global_batch_size=run.config.global_batch_size,
             world_size=run.world.size,
             peak_flops=peak_flops(devices.name(run.device)),
         )
@@ -51,18 +49,35 @@ class Journal:
     def flush(self, *, val_loss: float | None = None) -> None:
         """Read the steps since the last flush from the device and give their records to the sinks.
 
-        Their time is the mean over them. Raises NonFiniteError for the first step that changed nothing.
+        Their time and speed are means over them. Raises NonFiniteError for the first step that changed nothing, when
+        those before it are written.
         """
         if not self.done:
             return
         numbers = torch.stack([torch.stack([d.result.loss, d.result.norm.to(d.result.loss.dtype)]) for d in self.done])
         rows = numbers.tolist()  # waits for the device
-        self._check(rows)
-        last, memory = self.done[-1], devices.memory(self.run.device)
+        good = next((i for i, row in enumerate(rows) if not all(map(math.isfinite, row))), len(rows))
+        if good > 0:
+            self._write(rows[:good], val_loss=val_loss if good == len(rows) else None)
+        self.done = self.done[good:]
+        if self.done:
+            loss, norm = rows[good]
+            step = self.done[0].step
+            raise NonFiniteError(
+                f"step {step}: the loss is {loss}, the gradient's norm {norm}; the weights are those of step "
+                f"{step - 1}, and nothing was saved since; lower optimizer.learning_rate_scheduler.learning_rate or "
+                "look at the data, and start again from the last checkpoint"
+            )
+
+    def _write(self, rows: list[list[float]], *, val_loss: float | None) -> None:
+        """Give the sinks the records of the first steps kept, one for each row of loss and norm."""
+        done = self.done[: len(rows)]
+        last, memory = done[-1], devices.memory(self.run.device)
         gpu = devices.is_gpu(self.run.device)
         record = self.meter.record(
             last.step,
-            steps=len(self.done),
+            steps=len(self.done),  # all of them took their time, those that are not written too
+            work=reduce(add, (self._work(kept.step) for kept in self.done)),
             consumed_tokens=last.consumed_tokens,
             lm_loss=rows[-1][0],
             grad_norm=rows[-1][1],
@@ -73,26 +88,26 @@ class Journal:
             disk=self.root if self.root.exists() and (self.show_disk or last.step < FIRST_STEPS) else None,
         )
         self.show_disk = False
-        for done, (loss, norm) in zip(self.done[:-1], rows[:-1], strict=True):
+        for earlier, (loss, norm) in zip(done[:-1], rows[:-1], strict=True):
             self.sinks.log(
                 replace(
                     record,
-                    step=done.step,
+                    step=earlier.step,
                     lm_loss=loss,
                     grad_norm=norm,
-                    lr=done.learning_rate,
-                    consumed_tokens=done.consumed_tokens,
+                    lr=earlier.learning_rate,
+                    consumed_tokens=earlier.consumed_tokens,
                     val_loss=None,
                 )
             )
         self.sinks.log(record)
-        self.done.clear()
 
-    def _check(self, rows: list[list[float]]) -> None:
-        for done, (loss, norm) in zip(self.done, rows, strict=True):
-            if not all(torch.isfinite(torch.tensor([loss, norm]))):
-                raise NonFiniteError(
-                    f"step {done.step}: the loss is {loss}, the gradient's norm {norm}; the weights are those of step "
-                    f"{done.step - 1}, and nothing was saved since; lower optimizer.learning_rate_scheduler."
-                    "learning_rate or look at the data, and start again from the last checkpoint"
-                )
+    def _work(self, step: int) -> Work:
+        """What `step` did; a stage may have a sequence length of its own."""
+        config, length = self.run.config, self.run.feed.stage_at(step).sequence_length
+        shape, batch = config.model.model_config, config.global_batch_size
+        return Work(
+            tokens=batch * length,
+            flops=batch * shape.flops_per_sequence(length),
+            causal_flops=batch * shape.causal_flops_per_sequence(length),
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from pentode import device as devices
@@ -30,7 +31,7 @@ def train(
     checkpoints, last = config.checkpoints, config.tokens.train_steps
     announce(run, state)
     journal = Journal(run, sinks, root)
-    saved = None if state.step == 0 else state.step
+    saved = state.step if (root / str(state.step)).is_dir() else None
 
     def save() -> None:
         nonlocal saved
@@ -56,7 +57,7 @@ def train(
         if validation_is_due(run, state.step):
             devices.synchronize(run.device)  # the step's own work is not the validation's
             with journal.meter.outside():
-                loss = validation_loss(run, run.feed.validation(state.step))
+                loss = validate(run, state, stop)
             journal.flush(val_loss=loss)
         elif records_are_due(run, state.step):
             journal.flush()
@@ -81,6 +82,14 @@ def one_step(run: Run, state: TrainState) -> Done:
     return Done(step, rate, state.consumed_tokens, result)
 
 
+def validate(run: Run, state: TrainState, stop: StopSignal) -> float | None:
+    """The validation loss after `state.step`; None if a signal came meanwhile, which does not wait for it to end."""
+    alone = run.mesh.data.size == 1  # several ranks could not agree in the middle of it
+    batches = takewhile(lambda _: not (alone and stop.asked), run.feed.validation(state.step))
+    loss = validation_loss(run, batches)
+    return None if alone and stop.asked else loss
+
+
 def validation_is_due(run: Run, step: int) -> bool:
     """Whether the config asks for a validation loss after `step`: every so many steps, and after the last."""
     tokens = run.config.tokens
@@ -98,8 +107,9 @@ def refresh(views: Sequence[Callable[[Path], object]], root: Path) -> None:
     for view in views:
         try:
             view(root)
-        except OSError as error:
-            log.warning(f"{root}: a report could not be written, training goes on ({error})")
+        except Exception as error:  # noqa: BLE001
+            name = type(error).__name__
+            log.warning(f"{root}: a report could not be written, training goes on ({name}: {error})")
 
 
 def announce(run: Run, state: TrainState) -> None:

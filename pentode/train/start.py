@@ -1,19 +1,23 @@
 """From a config to a trained model: join the world, find where to go on from, build, train, close."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pprint import pformat
 
 from pentode import device as devices
 from pentode import log
+from pentode.checkpoint import storage
 from pentode.checkpoint.layout import MANIFEST
 from pentode.checkpoint.load import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.lock import locked
 from pentode.checkpoint.save import clean, remove_run
 from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
 from pentode.dist.collectives import wait_for_all
 from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
+from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.loop import refresh, train
@@ -49,13 +53,14 @@ def start(
     )
     launch.connect(here, backend=devices.backend(device), device=device)
     root = config.checkpoints.checkpoints_path
-    if fresh and here.rank == 0:
-        remove_run(root)
-    log.to_file(root / "logs" / f"rank-{here.rank}.log")
-    for note in notes:
-        log.warning(note)
     try:
-        with StopSignal(device) as stop:
+        with locked(root) if here.rank == 0 else nullcontext(), StopSignal(device) as stop:
+            if fresh and here.rank == 0:
+                remove_run(root)
+            with storage.explained(root):
+                log.to_file(root / "logs" / f"rank-{here.rank}.log")
+            for note in notes:
+                log.warning(note)
             _train_in(root, config, here, stop, after_save, at_end)
     finally:
         launch.disconnect()
@@ -82,16 +87,17 @@ def _train_in(
     sinks = open_sinks(config, run=name, resume_step=state.step) if here.rank == 0 else Sinks([])
     status = "failed"
     try:
-        train(run, state, root=root, sinks=sinks, stop=stop, after_save=after_save if here.rank == 0 else ())
+        with stop.until_saved():
+            train(run, state, root=root, sinks=sinks, stop=stop, after_save=after_save if here.rank == 0 else ())
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"
         raise
     finally:
         sinks.close(status)
+        run.feed.stop()
     for finish in at_end:
         finish(run, root)
-    run.feed.close()
     if here.rank == 0:
         refresh(after_save, root)
 
@@ -102,11 +108,20 @@ def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root
     run = build(config, here, first_step=checkpoint.step + 1 if counts else 1)
     if checkpoint is None:
         log.info("No checkpoint path provided.")
+        if (root / METRICS).exists():
+            log.warning(f"{root}: holds a run that saved no checkpoint; it begins again, its records are kept beside")
         initialise_weights(run)
         state = TrainState()
     else:
         optimizer = checkpoint.folder.parent == root or config.checkpoints.load_optimizer
         state = restore(run, checkpoint, optimizer=optimizer, counts=counts)
+        if state.step >= config.tokens.train_steps:
+            raise ConfigError(
+                [
+                    f"checkpoints.resume_checkpoint_path: it is at step {state.step} of tokens.train_steps="
+                    f"{config.tokens.train_steps}; raise that, or set checkpoints.load_lr_scheduler to false"
+                ]
+            )
         log.info(f"Resuming after step {state.step} of {config.tokens.train_steps}")
     log.info("[Optimizer Building] Using LearningRateForSP as learning rate")
     check_data(run, state)

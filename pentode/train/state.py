@@ -25,14 +25,14 @@ class TrainState:
     step              updates done
     consumed_samples  samples seen by the whole run
     stage_samples     samples each data stage has given, by its name
-    fingerprints      of each stage's data, by its name
+    order_keys        what decided each stage's samples and their order (`Feed.order_key`), by its name
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     stage_samples: dict[str, int] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    order_keys: dict[str, str] = field(default_factory=dict)
 
     def advance(self, run: Run) -> None:
         """Count one step as done."""
@@ -41,7 +41,7 @@ class TrainState:
         self.consumed_samples += samples
         self.consumed_tokens += samples * stage.sequence_length
         self.stage_samples[stage.name] = self.stage_samples.get(stage.name, 0) + samples
-        self.fingerprints[stage.name] = run.feed.data.fingerprint
+        self.order_keys[stage.name] = run.feed.order_key
 
 
 def save_state(run: Run, state: TrainState, root: Path) -> None:
@@ -72,7 +72,8 @@ def _write(run: Run, state: TrainState, root: Path) -> None:
 def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts: bool = True) -> TrainState:
     """Read a checkpoint into the run.
 
-    Without `optimizer` only the weights are taken; without `counts` the run starts at step 1 of its schedule and data.
+    Without `optimizer` only the weights are taken, as the model held them; without `counts` the run starts at step 1 of
+    its schedule and data.
     """
     log.info(f"Loading weights from {checkpoint.folder}")
     if optimizer:
@@ -86,15 +87,19 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
 
 
 def check_data(run: Run, state: TrainState) -> None:
-    """Refuse to go on with a stage whose data is not what it was trained on so far."""
-    stage = run.feed.stage_at(state.step + 1)
-    if stage.name in state.fingerprints:
-        found, before = run.feed.open(state.step + 1).fingerprint, state.fingerprints[stage.name]
-        if found != before:
-            raise CheckpointError(
-                f"data_stages: the data of {stage.name!r} is not what step {state.step} was trained on (fingerprint "
-                f"{found[:12]}, then {before[:12]}); give the new data a stage of its own, or start over with --fresh"
-            )
+    """Refuse to go on with a stage whose samples are not those that it was trained on so far."""
+    step = min(state.step + 1, run.config.tokens.train_steps)
+    stage = run.feed.stage_at(step)
+    if stage.name not in state.order_keys:
+        if stage.first_step < step:
+            log.warning(f"data_stages: {stage.name!r} was not in this run before; it begins with its first sample")
+        return
+    run.feed.open(step)
+    if run.feed.order_key != state.order_keys[stage.name]:
+        raise CheckpointError(
+            f"data_stages: the data of {stage.name!r}, its sequence length or its seed is not what step {state.step} "
+            "was trained on; set it back, give the new data a stage of its own, or start over with --fresh"
+        )
 
 
 def _saved(tensor: torch.Tensor, spec: ParamSpec) -> Saved:

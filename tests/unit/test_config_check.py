@@ -65,7 +65,6 @@ STAGE = "data_stages.0"
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"parallelism__dp": 2}, "parallelism.dp: 2: data parallelism is not built yet; use 1"),
         ({"parallelism__pp": 2}, "parallelism.pp: 2: pipeline parallelism is not built yet; use 1"),
         (
             {"optimizer__zero_stage": 1},

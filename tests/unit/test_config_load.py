@@ -53,9 +53,9 @@ def test_a_small_file_takes_nanotrons_defaults(tmp_path: Path) -> None:
 BROKEN = """\
 general: {project: 3, sed: 4}
 parallelism:
-  dp: 2
+  dp: 1
   tp: 1
-  pp: 1
+  pp: 2
   pp_engine: 1f2b
 model:
   model_config:
@@ -88,7 +88,7 @@ def test_all_problems_come_at_once_each_with_line_path_and_remedy(tmp_path: Path
     assert problems(tmp_path, BROKEN) == [
         "c.yaml:1: general.project: 3 is not text",
         "c.yaml:1: general.sed: unknown key; did you mean seed?",
-        "c.yaml:3: parallelism.dp: 2: data parallelism is not built yet; use 1",
+        "c.yaml:5: parallelism.pp: 2: pipeline parallelism is not built yet; use 1",
         "c.yaml:6: parallelism.pp_engine: '1f2b'; must be afab or 1f1b; did you mean 1f1b?",
         "c.yaml:11: model.model_config.num_key_value_heads: 3 does not divide model.model_config.num_attention_heads=4",
         "c.yaml:12: model.model_config.hidden_sise: unknown key; did you mean hidden_size?",

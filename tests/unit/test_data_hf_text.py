@@ -230,7 +230,7 @@ def test_wrong_files_are_one_line(tmp_path: Path, tokenizer: object) -> None:
             open_rows(str(tmp_path / name), tokenizer)
         assert "\n" not in str(caught.value)
     for documents in ([], [""], ["a"]):
-        with pytest.raises(DataError, match=r"tokens, needs 5|cannot be read as a dataset"):
+        with pytest.raises(DataError, match=r"tokens, needs 5|is empty"):
             open_rows(jsonl(tmp_path / "short.jsonl", documents), tokenizer)
 
 

@@ -362,6 +362,6 @@ def test_a_run_on_any_characters_ends_with_a_sample(tmp_path: Path, capsys: pyte
     (tmp_path / "text.txt").write_text(digits)
     assert run_command(["train", str(tiny_yaml(tmp_path, tokens__train_steps=1))]) == 0
     sample = (tmp_path / "run" / "sample.txt").read_text()
-    assert sample.startswith(digits[360:376])
+    assert sample.startswith(digits[:16])
     assert len(sample) == 416
     assert sample in capsys.readouterr().out

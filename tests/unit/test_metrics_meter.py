@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pentode.metrics.meter import Meter
+from pentode.metrics.meter import Meter, Work
 from pentode.metrics.peak_flops import peak_flops
+
+STEP = Work(tokens=1024, flops=4e12, causal_flops=3e12)
 
 
 class Clock:
@@ -19,10 +21,7 @@ class Clock:
 
 def a_meter(clock: Clock, *, peak: float | None = None) -> Meter:
     return Meter(
-        flops=4e12,
-        causal_flops=3e12,
         global_batch_size=8,
-        sequence_length=128,
         world_size=4,
         peak_flops=peak,
         clock=clock,
@@ -33,7 +32,7 @@ def test_speed_is_work_over_time_over_devices() -> None:
     clock = Clock()
     meter = a_meter(clock, peak=10e12)
     clock.now += 0.5
-    record = meter.record(1, consumed_tokens=1024, lm_loss=5.0, lr=1e-3)
+    record = meter.record(1, work=STEP, consumed_tokens=1024, lm_loss=5.0, lr=1e-3)
     assert record.elapsed_time_per_iteration_ms == pytest.approx(500)
     assert record.tokens_per_sec == pytest.approx(2048)
     assert record.tokens_per_sec_per_gpu == pytest.approx(512)
@@ -52,7 +51,8 @@ def test_evaluation_and_checkpoints_belong_to_no_step() -> None:
         clock.now += 30
         raise KeyError
     clock.now += 1
-    assert meter.record(1, consumed_tokens=1, lm_loss=5.0, lr=1e-3).elapsed_time_per_iteration_ms == pytest.approx(2000)
+    record = meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
+    assert record.elapsed_time_per_iteration_ms == pytest.approx(2000)
 
 
 def test_each_record_begins_the_next_steps_time() -> None:
@@ -61,25 +61,29 @@ def test_each_record_begins_the_next_steps_time() -> None:
     clock.now += 5
     meter.start()
     clock.now += 1
-    assert meter.record(1, consumed_tokens=1, lm_loss=5.0, lr=1e-3).elapsed_time_per_iteration_ms == pytest.approx(1000)
+    record = meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
+    assert record.elapsed_time_per_iteration_ms == pytest.approx(1000)
     clock.now += 6
-    several = meter.record(4, consumed_tokens=1, lm_loss=5.0, lr=1e-3, steps=3)
+    longer = Work(tokens=2048, flops=8e12, causal_flops=6e12)
+    several = meter.record(4, work=STEP + longer + longer, consumed_tokens=1, lm_loss=5.0, lr=1e-3, steps=3)
     assert several.elapsed_time_per_iteration_ms == pytest.approx(2000)
+    assert several.tokens_per_sec == pytest.approx((1024 + 2048 + 2048) / 6)
+    assert several.model_tflops_per_gpu == pytest.approx((4 + 8 + 8) / 6 / 4)
 
 
 def test_a_clock_that_stands_still_breaks_nothing() -> None:
-    assert a_meter(Clock()).record(1, consumed_tokens=1, lm_loss=5.0, lr=1e-3).tokens_per_sec is not None
+    assert a_meter(Clock()).record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3).tokens_per_sec is not None
 
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
-    record = a_meter(Clock()).record(1, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
+    record = a_meter(Clock()).record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
     assert record.mfu is record.mfu_causal is None
 
 
 def test_the_disk_is_looked_at_only_when_asked(tmp_path: Path) -> None:
     meter = a_meter(Clock())
-    assert meter.record(1, consumed_tokens=1, lm_loss=5.0, lr=1e-3).hd_total_memory_tb is None
-    record = meter.record(2, consumed_tokens=1, lm_loss=5.0, lr=1e-3, disk=tmp_path)
+    assert meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3).hd_total_memory_tb is None
+    record = meter.record(2, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3, disk=tmp_path)
     assert record.hd_total_memory_tb is not None
     assert record.hd_total_memory_tb >= (record.hd_free_memory_tb or 0) > 0
 

@@ -108,7 +108,6 @@ def collectives_are_what_they_say() -> None:
     later = x.detach().clone()
     collectives.start_sum_(later, axis).wait()
     assert torch.equal(later, both.sum(0))
-    assert collectives.gather_objects(f"rank {rank}", axis) == ["rank 0", "rank 1"]
     with pytest.raises(ValueError, match=r"dp=2 does not divide dim 0 of \[3, 1\]"):
         collectives.reduce_scatter(torch.ones(3, 1), axis)
     with pytest.raises(ValueError, match="pp=1 x dp=1 x cp=1 x tp=3 = 3 ranks, but WORLD_SIZE is 2"):

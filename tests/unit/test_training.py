@@ -3,14 +3,18 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pentode.checkpoint.lock import locked
 from pentode.cli import run_command
+from pentode.parallel.batch import Batch
 from pentode.run.build import Run
+from pentode.run.feed import Feed
 from pentode.train import loop
 from pentode.train.journal import Done
 from pentode.train.state import TrainState
@@ -36,7 +40,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], No
 
 
 def crash() -> None:
-    raise MemoryError("pulled the plug")
+    raise RuntimeError("pulled the plug")
 
 
 def test_a_run_learns_and_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +48,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(tmp_path: Path, capsys: 
     assert run_command(["train", str(file)]) == 0
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, 61))
-    assert list(found[0])[: len(CONTRACT)] == CONTRACT or set(CONTRACT) <= set(found[0])
+    assert set(CONTRACT) <= set(found[0])
     assert sum(row["lm_loss"] for row in found[-5:]) < sum(row["lm_loss"] for row in found[:5]) - 2
     assert [row["step"] for row in found if row["val_loss"] is not None] == [30, 60]
     for name in ("4", "60", "report.html", "loss.png", "sample.txt", "logs", "latest.txt"):
@@ -146,14 +150,70 @@ def test_another_models_checkpoint_is_66(tmp_path: Path, capsys: pytest.CaptureF
     assert "is not what step 4 was trained on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["tokens.sequence_length=8", "data_stages.0.data.seed=5"])
+def test_another_order_of_samples_is_66(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    file = str(tiny_yaml(tmp_path, tokens__train_steps=4))
+    assert run_command(["train", file]) == 0
+    assert run_command(["train", file, "tokens.train_steps=8", change]) == 66
+    assert "is not what step 4 was trained on" in capsys.readouterr().err
+
+
+def test_a_padded_vocabulary_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))  # the worst there may be
+    file = str(tiny_yaml(tmp_path, model__make_vocab_size_divisible_by=64, tokens__val_check_interval=-1))
+    assert run_command(["train", file, "tokens.train_steps=4"]) == 0
+    assert run_command(["train", file]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tiny_yaml(tmp_path, tokens__train_steps=2))
+    with locked(tmp_path / "run"):
+        assert run_command(["train", file]) == 74
+    assert "another process trains here" in capsys.readouterr().err
+    assert run_command(["train", file]) == 0
+
+
+def test_a_signal_does_not_wait_for_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Feed.validation
+
+    def interrupted(self: Feed, step: int) -> Iterator[Batch]:
+        for i, batch in enumerate(real(self, step)):
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert i < 2, "the validation went on"
+            yield batch
+
+    monkeypatch.setattr(Feed, "validation", interrupted)
+    file = str(tiny_yaml(tmp_path, tokens__limit_val_batches=0))
+    assert run_command(["train", file]) == 75
+    assert rows(tmp_path / "run")[-1]["val_loss"] is None
+    monkeypatch.undo()
+    assert run_command(["train", file]) == 0
+
+
+def test_a_signal_while_data_is_opened_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(self: Feed, step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was only noted")
+
+    monkeypatch.setattr(Feed, "open", opened)
+    assert run_command(["train", str(tiny_yaml(tmp_path))]) == 75
+
+
 def test_problems_of_a_config_are_64_and_all_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tiny_yaml(tmp_path)
     assert run_command(["train", str(file), "tokens.train_stepz=3", "model.dtype=float3", "general.device=cuda"]) == 64
     error = capsys.readouterr().err
     assert "did you mean train_steps?" in error
     assert "model.dtype" in error
-    assert run_command(["train", str(file), "general.device=cuda"]) in (64, 0)
-    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", str(tiny_yaml(tmp_path)), "general.device=cuda"]) == 64
+    assert "use device cpu, or auto" in capsys.readouterr().err
 
 
 def test_another_run_can_be_the_start(tmp_path: Path) -> None:
@@ -164,6 +224,7 @@ def test_another_run_can_be_the_start(tmp_path: Path) -> None:
     assert run_command([*second, source, "tokens.train_steps=14"]) == 0
     assert [row["step"] for row in rows(tmp_path / "second")] == [13, 14]
     third = ["train", str(file), f"checkpoints.checkpoints_path={tmp_path / 'third'}", source]
+    assert run_command([*third]) == 64, "it is complete"
     only_weights = ["checkpoints.load_optimizer=false", "checkpoints.load_lr_scheduler=false", "tokens.train_steps=2"]
     assert run_command([*third, *only_weights]) == 0
     found = rows(tmp_path / "third")
