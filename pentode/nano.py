@@ -218,8 +218,9 @@ class Trainer:
             raise ConfigError(found)
         log.setup(level="error")
         root = config.checkpoints.checkpoints_path
+        data = _stage_data(train_dataset, val_dataset)
         with locked(root) if self.config.save_checkpoint else nullcontext():
-            self._train_in(root, config, _stage_data(train_dataset, val_dataset))
+            self._train_in(root, config, data)
 
     def _train_in(self, root: Path, config: Config, data: StageData) -> None:
         device, mesh = devices.pick(config.general.device), Mesh.single()

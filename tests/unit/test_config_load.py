@@ -269,5 +269,5 @@ def test_loading_needs_no_torch_and_is_quick() -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split() for _ in range(3)
     ]
     assert all(run[2] == "False" for run in runs)
-    assert min(float(run[0]) for run in runs) < 0.5  # 0.25 s on an idle laptop core
-    assert min(float(run[1]) for run in runs) < 1.0
+    assert min(float(run[0]) for run in runs) < 1.0  # processor seconds; 0.25 s on an idle laptop core
+    assert min(float(run[1]) for run in runs) < 1.5

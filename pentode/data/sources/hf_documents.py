@@ -77,9 +77,7 @@ def _splits(name: str, args: PretrainDatasetsArgs) -> "list[Dataset]":
     except StopIteration as error:  # what datasets lets through for a file without a line
         raise DataError(f"{name}: is empty; name a file with documents") from error
     except Exception as error:  # datasets raises its own, pyarrow's, the hub's and the system's errors
-        raise DataError(
-            f"{name}: cannot be read as a dataset: {reason(error.__cause__ or error)}; mend or convert it"
-        ) from error
+        raise DataError(f"{name}: cannot be read as a dataset: {reason(error.__cause__ or error)}") from error
 
 
 def _reader(name: str, config: str | None) -> "Callable[[str], Dataset]":
