@@ -24,6 +24,7 @@ QWEN = "part of Qwen2 shapes, which are not built yet"
 # The keys that never acted in Nanotron, or that act only in what is not built yet.
 INERT: dict[str, Inert] = {
     "checkpoints.checkpoints_path_is_shared_file_system": Inert(SWITCH, "a folder is made by whoever finds it missing"),
+    "doremi": Inert((None,), "DoReMi is not built yet"),
     "general.kill_switch_path": Inert((None,), "stop a run with SIGTERM; it saves first"),
     "model.model_config.initializer_range": Inert((ANYTHING,), "model.init_method decides"),
     "model.model_config.pretraining_tp": Inert((1, None), "tensor parallelism is parallelism.tp"),
@@ -147,7 +148,7 @@ def translate(tree: Section) -> Former:
     problems, unheard = [], []
     for dotted, inert in INERT.items():
         *parents, key = dotted.split(".")
-        section = get(tree, ".".join(parents))
+        section = get(tree, ".".join(parents)) if parents else tree
         if isinstance(section, Section) and key in section:
             value = section.pop(key)  # its place stays, for the problem's line
             if ANYTHING not in inert.values and value not in inert.values:

@@ -258,6 +258,12 @@ def test_the_python_example_writes_the_shipped_file(tmp_path: Path) -> None:
     assert load_config(script.with_suffix(".yaml")).model.model_config == load_config(TUTORIAL).model.model_config
 
 
+def test_doremi_is_refused_with_the_reason(tmp_path: Path) -> None:
+    [problem] = problems(tmp_path, SMALL + "doremi: {smoothing_param: 0.001}\n")
+    assert problem.endswith("; DoReMi is not built yet; use null")
+    assert ": doremi: " in problem
+
+
 def test_loading_needs_no_torch_and_is_quick() -> None:
     code = (
         "import sys, time; start = time.process_time(); from pathlib import Path; import pentode.config.load as load;"
