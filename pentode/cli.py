@@ -110,15 +110,25 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option()] = 42,
     device: Annotated[str, typer.Option(help="as general.device in a config")] = "auto",
+    tp: Annotated[int, typer.Option(min=1, help="tensor-parallel processes, which are started")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="pipeline stages, each in processes of its own")] = 1,
 ) -> None:
     """Write text with a trained model."""
     from pentode import log
-    from pentode.generate.command import generate_from
-    from pentode.generate.engine import Sampling
+    from pentode.dist import launch
+    from pentode.generate.command import generate_from, refuse_early
+    from pentode.generate.sampling import Sampling
 
-    log.setup(level="warning")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    for text in generate_from(path, prompt or [""], sampling=sampling, device=device):
+    if tp * pp > 1 and launch.world().size == 1:
+        refuse_early(path, tp=tp, pp=pp)
+        options = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p}
+        options |= {"seed": seed, "device": device, "tp": tp, "pp": pp}
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        words += [f"--prompt={text}" for text in prompt or [""]]
+        raise typer.Exit(launch.start_local(tp * pp, ["generate", str(path), *words]))
+    log.setup(level="warning")
+    for text in generate_from(path, prompt or [""], sampling=sampling, device=device, tp=tp, pp=pp):
         typer.echo(text)
 
 

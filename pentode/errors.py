@@ -38,6 +38,12 @@ class NonFiniteError(RuntimeError):
     exit_code = INTERNAL
 
 
+class SanityError(RuntimeError):
+    """Ranks that must hold the same do not: our bug, or a broken machine."""
+
+    exit_code = INTERNAL
+
+
 class StorageError(RuntimeError):
     """The file system refused: full, over quota, read-only, or broken."""
 

@@ -39,7 +39,7 @@ from pentode.metrics.record import Record
 from pentode.metrics.sinks import Sinks
 from pentode.parallel.batch import Batch
 from pentode.report.page import write_report
-from pentode.run.build import Run, assemble, build_model, initial_weights
+from pentode.run.build import Run, assemble, build_stages, initial_weights
 from pentode.run.feed import Feed
 from pentode.train.loop import train
 from pentode.train.signals import StopSignal
@@ -162,8 +162,8 @@ class GPT(nn.Module):
             raise ConfigError([f"vocab_size: {config.vocab_size}; set config.vocab_size = dataset.vocab_size"])
         self.config = replace(config)
         full = config.full()
-        self.core = build_model(full, Mesh.single(), devices.pick(full.general.device))
-        for name, weight in initial_weights(full, self.core).items():
+        (self.core,) = build_stages(full, Mesh.single(), devices.pick(full.general.device)).values()
+        for name, weight in initial_weights(full, self.core):
             self.core.get_parameter(name).data.copy_(weight)
 
     @property
@@ -226,9 +226,10 @@ class Trainer:
         device, mesh = devices.pick(config.general.device), Mesh.single()
         checkpoint = self._checkpoint(root)
         feed = Feed(config, mesh, device, data=data)
-        core = build_model(config, mesh, device)
+        stages = build_stages(config, mesh, device)
+        (core,) = stages.values()
         core.load_state_dict(self.model.core.state_dict())
-        run = assemble(config, World(), mesh, device, feed, core)
+        run = assemble(config, World(), mesh, device, feed, stages)
         state = TrainState() if checkpoint is None else restore(run, checkpoint)
         if state.order_keys.get(feed.stage.name, feed.order_key) != feed.order_key:
             raise ConfigError([f"checkpoint_dir: the run in {root} was trained on another text; use another folder"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pentode.parallel.shards import Block, Piece
 from pentode.parallel.spec import Box
 
 FORMAT = "pentode-checkpoint"
@@ -41,25 +42,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor of this rank to write or to fill, and which boxes of the global tensor it holds.
+    """What this rank writes or fills of a global tensor: disjoint boxes of it, each a view; there may be none.
 
-    What lies outside the boxes (padding of the vocabulary) is neither written nor touched.
+    What this rank does not write, others do; each element belongs to one box of one rank.
     """
 
-    tensor: Tensor
     global_shape: tuple[int, ...]
-    boxes: Sequence[Box]
+    pieces: Sequence[Piece]
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "Saved":
         """A tensor that this rank holds whole, without padding."""
-        shape, origin = tuple(tensor.shape), (0,) * tensor.dim()
-        return cls(tensor, shape, [Box(origin, origin, shape)])
+        return cls(tuple(tensor.shape), [((0,) * tensor.dim(), tensor)])
+
+    @classmethod
+    def of(cls, tensor: Tensor, global_shape: tuple[int, ...], boxes: Sequence[Box]) -> "Saved":
+        """The boxes of a local tensor; what lies outside them (padding of the vocabulary) is neither saved nor read."""
+        return cls(global_shape, [(box.global_start, box.of_local(tensor)) for box in boxes])
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the boxes take in a file."""
-        return sum(prod(box.shape) for box in self.boxes) * self.tensor.element_size()
+        """Bytes that the pieces take in a file."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.pieces)
 
 
 class NewerFormatError(ValueError):
@@ -124,7 +128,7 @@ class Entry:
 
     name: str
     global_shape: tuple[int, ...]
-    box: Box
+    block: Block
     dtype: torch.dtype
     begin: int
     end: int
@@ -132,20 +136,19 @@ class Entry:
     @property
     def key(self) -> str:
         """Its name in the file: the tensor's own if it is whole, else `name@start,start`."""
-        if self.box.shape == self.global_shape:
+        if self.block.shape == self.global_shape:
             return self.name
-        return f"{self.name}@{','.join(map(str, self.box.global_start))}"
+        return f"{self.name}@{','.join(map(str, self.block.start))}"
 
 
 def entries(group: Mapping[str, Saved]) -> Iterator[tuple[Entry, Tensor]]:
     """Each box to write and the view that holds it, in file order: wide dtypes first (all aligned), then by name."""
+    pieces = [(name, saved.global_shape, *piece) for name, saved in group.items() for piece in saved.pieces]
     begin = 0
-    for name, saved in sorted(group.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
-        for box in saved.boxes:
-            end = begin + prod(box.shape) * saved.tensor.element_size()
-            at = Box(box.global_start, (0,) * len(box.shape), box.shape)
-            yield Entry(name, saved.global_shape, at, saved.tensor.dtype, begin, end), box.of_local(saved.tensor)
-            begin = end
+    for name, global_shape, start, tensor in sorted(pieces, key=lambda piece: (-piece[3].element_size(), piece[0])):
+        end = begin + tensor.numel() * tensor.element_size()
+        yield Entry(name, global_shape, Block(start, tuple(tensor.shape)), tensor.dtype, begin, end), tensor
+        begin = end
 
 
 def header(found: Sequence[Entry]) -> bytes:
@@ -157,7 +160,7 @@ def header(found: Sequence[Entry]) -> bytes:
     for entry in found:
         table[entry.key] = {
             "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.box.shape),
+            "shape": list(entry.block.shape),
             "data_offsets": [entry.begin, entry.end],
         }
     text = json.dumps(table, separators=(",", ":")).encode()
@@ -181,15 +184,6 @@ def parse_header(text: bytes, *, data_size: int) -> list[Entry]:
     if at != data_size:
         raise ValueError(f"its tensors take {at} bytes, its data {data_size}")
     return found
-
-
-def overlap(there: Box, here: Box) -> tuple[Box, Box] | None:
-    """What two boxes of one global tensor share, as a box of each one's local tensor; None if nothing."""
-    start = tuple(map(max, there.global_start, here.global_start))
-    shape = tuple(min(_ends(there)[dim], _ends(here)[dim]) - at for dim, at in enumerate(start))
-    if any(size <= 0 for size in shape):
-        return None
-    return _part(there, start, shape), _part(here, start, shape)
 
 
 def json_bytes(what: Mapping[str, object]) -> bytes:
@@ -224,7 +218,7 @@ def _entry(key: str, what: object, global_shapes: Mapping[str, object]) -> Entry
     )
     if not inside or len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
         raise ValueError(f"{key}: its shape {list(shape)}, place or bytes {list(offsets)} contradict each other")
-    return Entry(name, global_shape, Box(start, (0,) * len(shape), shape), dtype, *offsets)
+    return Entry(name, global_shape, Block(start, shape), dtype, *offsets)
 
 
 def _counts(key: str, found: object) -> tuple[int, ...]:
@@ -247,15 +241,6 @@ def _facts(name: str, found: object) -> FileFacts:
 
 def _is_count(found: object) -> bool:
     return type(found) is int and found >= 0
-
-
-def _ends(box: Box) -> tuple[int, ...]:
-    return tuple(start + size for start, size in zip(box.global_start, box.shape, strict=True))
-
-
-def _part(box: Box, start: tuple[int, ...], shape: tuple[int, ...]) -> Box:
-    local = tuple(a - b + c for a, b, c in zip(start, box.global_start, box.local_start, strict=True))
-    return Box(start, local, shape)
 
 
 def _refuse_constant(name: str) -> None:

@@ -6,8 +6,9 @@ Nothing is trusted before its checksum is right; names cannot leave the folder; 
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from pentode.checkpoint.layout import (
     Manifest,
     NewerFormatError,
     Saved,
-    overlap,
     parse_header,
     parse_json,
 )
 from pentode.errors import CheckpointError
+from pentode.parallel.shards import Block, disjoint
 
 MANIFEST_LIMIT = 64 * 2**20  # bytes
 HEADER_LIMIT = 100 * 2**20  # bytes, as in the safetensors library
@@ -42,6 +43,26 @@ class DamagedError(CheckpointError):
     def __init__(self, what: str, *, remedy: str = "restore the checkpoint from a copy, or use another") -> None:
         super().__init__(f"{what}; {remedy}")
         self.what = what
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A box of a global tensor in a file, its bytes from `offset` on."""
+
+    path: Path
+    offset: int
+    entry: Entry
+
+    def rows_of(self, part: Block) -> tuple[Tensor, tuple[int, ...]]:
+        """Those rows of the box that `part` of it lies in, whole and no others, and where they start."""
+        start, shape = self.entry.block
+        rows = Block(part.start[:1] + start[1:], part.shape[:1] + shape[1:])
+        skipped = (part.start[0] - start[0]) * prod(shape[1:]) if shape else 0
+        width = self.entry.dtype.itemsize
+        data = np.fromfile(
+            self.path, dtype=np.uint8, count=prod(rows.shape) * width, offset=self.offset + skipped * width
+        )
+        return torch.from_numpy(data).view(self.entry.dtype).reshape(rows.shape), rows.start
 
 
 @dataclass
@@ -69,21 +90,25 @@ class Checkpoint:
         return (self.folder / name).read_bytes()
 
     @torch.no_grad()
-    def read(self, group: str, into: Mapping[str, Saved]) -> None:
-        """Fill tensors, by name, with a group's; both must have the same names, and each the same global shape.
+    def read(self, group: str, into: Mapping[str, Saved], *, names: Collection[str] | None = None) -> None:
+        """Fill tensors, by name, with a group's, whatever boxes the ranks that wrote it had.
 
-        A dtype may differ where the tensor's own holds every value of the file's.
+        names   of the whole model over all ranks, `into` being a part of them; without it, `into` has them all
+
+        Names must be the same there and here, and so must each global shape. A dtype may differ where the tensor's own
+        holds every value of the file's.
         """
-        there: dict[str, list[tuple[Path, int, Entry]]] = {}
+        there: dict[str, list[_Stored]] = {}
         for path in self._files_of(group):
             begin, found = self._header(path)
             for entry in found:
-                there.setdefault(entry.name, []).append((path, begin, entry))
-        self._compare(group, {name: parts[0][2] for name, parts in there.items()}, into)
+                there.setdefault(entry.name, []).append(_Stored(path, begin + entry.begin, entry))
+        self._compare(group, there, into, names=into.keys() | set(names or ()))
         for name, saved in into.items():
-            filled = sum(_copy(part, saved) for part in there[name])
-            if filled != sum(prod(box.shape) for box in saved.boxes):
-                raise DamagedError(f"{self}: {name} is not whole, or parts of it are there twice")
+            for start, tensor in saved.pieces:
+                filled = [block for stored in there[name] if (block := _fill(tensor, start, stored=stored))]
+                if sum(prod(block.shape) for block in filled) != tensor.numel() or not disjoint(filled):
+                    raise DamagedError(f"{self}: {name} is not whole, or parts of it are there twice")
 
     def __str__(self) -> str:
         return f"checkpoint {self.step} in {self.folder.parent}"
@@ -129,23 +154,31 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise DamagedError(f"{self}: {path.name}: {_reason(error)}") from error
 
-    def _compare(self, group: str, there: Mapping[str, Entry], here: Mapping[str, Saved]) -> None:
+    def _compare(
+        self,
+        group: str,
+        there: Mapping[str, list[_Stored]],
+        here: Mapping[str, Saved],
+        *,
+        names: Set[str],
+    ) -> None:
         differ = f"the two {'models' if group == 'weights' else 'optimizers'} differ"
-        for name in sorted(here.keys() - there.keys()):
+        for name in sorted(names - there.keys()):
             raise CheckpointError(f"{self}: {name} is not in its {group}; {differ}")
-        for name in sorted(there.keys() - here.keys()):
+        for name in sorted(there.keys() - names):
             raise CheckpointError(f"{self}: {name} is in its {group}, but not in this model; {differ}")
         for name, saved in here.items():
-            theirs = there[name]
-            if theirs.global_shape != tuple(saved.global_shape):
+            for shape in {stored.entry.global_shape for stored in there[name]} - {tuple(saved.global_shape)}:
                 raise CheckpointError(
-                    f"{self}: {name} is {list(theirs.global_shape)} there, {list(saved.global_shape)} here; {differ}"
+                    f"{self}: {name} is {list(shape)} there, {list(saved.global_shape)} here; {differ}"
                 )
-            if torch.promote_types(theirs.dtype, saved.tensor.dtype) != saved.tensor.dtype:
-                raise CheckpointError(
-                    f"{self}: {name} is {_name(theirs.dtype)} there, {_name(saved.tensor.dtype)} here, which cannot "
-                    f"hold it; set model.dtype as it was"
-                )
+            dtypes = {stored.entry.dtype for stored in there[name]}, {tensor.dtype for _, tensor in saved.pieces}
+            for theirs, ours in product(*dtypes):
+                if torch.promote_types(theirs, ours) != ours:
+                    raise CheckpointError(
+                        f"{self}: {name} is {_name(theirs)} there, {_name(ours)} here, which cannot hold it; "
+                        "set model.dtype as it was"
+                    )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -205,21 +238,13 @@ def steps(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name))
 
 
-def _copy(part: tuple[Path, int, Entry], saved: Saved) -> int:
-    """Copy what an entry and a tensor share; how many elements that is."""
-    path, begin, entry = part
-    shared = [both for box in saved.boxes if (both := overlap(entry.box, box))]
-    if not shared:
-        return 0
-    source = _tensor(path, begin + entry.begin, entry)
-    for there, here in shared:
-        here.of_local(saved.tensor).copy_(there.of_local(source))
-    return sum(prod(here.shape) for _, here in shared)
-
-
-def _tensor(path: Path, offset: int, entry: Entry) -> Tensor:
-    data = np.fromfile(path, dtype=np.uint8, count=entry.end - entry.begin, offset=offset)
-    return torch.from_numpy(data).view(entry.dtype).reshape(entry.box.shape)
+def _fill(tensor: Tensor, start: tuple[int, ...], *, stored: _Stored) -> Block | None:
+    """Copy what a stored box shares with the box that begins at `start` into its tensor; what that was."""
+    shared = stored.entry.block.overlap(Block(start, tuple(tensor.shape)))
+    if shared is not None:
+        rows, first = stored.rows_of(shared)
+        shared.view(tensor, start=start).copy_(shared.view(rows, start=first))
+    return shared
 
 
 def _regular_size(path: Path) -> int:

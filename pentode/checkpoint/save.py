@@ -1,7 +1,8 @@
 """Saving: a checkpoint is made whole in a temporary folder, then renamed into place; a crash leaves the old or the new.
 
-The same content gives the same bytes: nothing but names of temporary folders depends on time or chance. Names that
-begin with a dot are on their way in or out:
+All ranks save together, each the boxes that it owns, into files of its own; the folder is on a disk that all of them
+see. The same content gives the same bytes: nothing but names of temporary folders depends on time or chance. Names
+that begin with a dot are on their way in or out:
 
     .tmp-<step>-<hex>    being written
     .old-<step>-<hex>    about to be replaced by another checkpoint of its step
@@ -11,9 +12,10 @@ begin with a dot are on their way in or out:
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ from pentode.checkpoint.layout import (
     json_bytes,
 )
 from pentode.checkpoint.load import DamagedError, open_checkpoint, steps
+from pentode.dist.collectives import gather_objects
+from pentode.dist.mesh import Axis
+from pentode.errors import StorageError
+
+T = TypeVar("T")
+ALONE = Axis("world")
+_Plan = tuple[dict[str, bool], int, str]  # has something of each group; bytes to write; a temporary folder
 
 PASSING = re.compile(r"\.(tmp|old|trash)-([a-z0-9]+)-[0-9a-f]{8}", re.ASCII)
 RUN_FILES = (
@@ -57,42 +66,75 @@ def save(
     groups: Mapping[str, Mapping[str, Saved]],
     state: Mapping[str, object],
     files: Mapping[str, bytes] | None = None,
+    world: Axis = ALONE,
 ) -> Path:
     """Write checkpoint `root`/`step` and return its folder; when this returns it survives a crash or a power cut.
 
-    groups  tensors by group ("weights", "optimizer") and name; one safetensors file each
-    state   what else decides the next step, as JSON
-    files   other files to carry, by name
+    groups  tensors by group ("weights", "optimizer") and name, of each what this rank writes; every rank that has
+            something of a group writes one safetensors file of it
+    state   what else decides the next step, as JSON; rank 0's is written
+    files   other files to carry, by name; rank 0's are written
+    world   the ranks that save together; all must call, and none returns before the checkpoint is there
 
     A valid checkpoint of that step with the same content is kept as it is; one with other content is replaced, a
-    damaged one is set aside. Raises StorageError, after which everything stands as before.
+    damaged one is set aside. Raises StorageError, on all ranks if on one, after which everything stands as before.
     """
-    small = {**(files or {}), STATE: json_bytes({**state, "step": step, "format_version": FORMAT_VERSION})}
-    for name in small:
-        if not FILE_NAME.fullmatch(name):
-            raise ValueError(f"save: {name!r} cannot be the name of a file in a checkpoint")
-    needed = sum(saved.nbytes for group in groups.values() for saved in group.values())
-    needed += sum(map(len, small.values()))
-    temporary = root / _passing("tmp", step)
-    with storage.explained(root, needed=needed):
-        try:
+    first = world.rank == 0
+    small: dict[str, bytes] = {}
+
+    def plan() -> _Plan:
+        if first:
+            small.update(_small_files(step, state, files or {}))
+        needed = sum(saved.nbytes for group in groups.values() for saved in group.values())
+        held = {group: any(saved.pieces for saved in tensors.values()) for group, tensors in groups.items()}
+        return held, needed + sum(map(len, small.values())), _passing("tmp", step)
+
+    plans = _together(plan, world)
+    temporary = root / plans[0][2]
+    explained = storage.explained(root, needed=sum(needed for _, needed, _ in plans))
+
+    @explained
+    def begin() -> None:
+        if first:
             storage.make_folder(temporary)
-            facts = {}
-            for group, tensors in sorted(groups.items()):
-                name = f"{group}-00000-of-00001.safetensors"
-                facts[name] = write_tensors(temporary / name, tensors)
-            for name, data in sorted(small.items()):
-                facts[name] = storage.write(temporary / name, [data])
-            manifest = Manifest(step, facts)
-            storage.write(temporary / MANIFEST, [manifest.dump()])
-            storage.sync_folder(temporary)
-            folder = _publish(root, temporary, manifest)
-        except BaseException:
+
+    @explained
+    def write() -> dict[str, tuple[int, str]]:
+        found = {}
+        for group, name in file_names([held for held, _, _ in plans], world.rank).items():
+            found[name] = write_tensors(temporary / name, groups.get(group, {}))
+        for name, data in sorted(small.items()):
+            found[name] = storage.write(temporary / name, [data])
+        return {name: (facts.size, facts.sha256) for name, facts in found.items()}
+
+    @explained
+    def finish() -> None:
+        if first:
+            facts = {name: FileFacts(*known) for of_rank in written for name, known in of_rank.items()}
+            _publish(root, temporary, Manifest(step, facts))
+
+    try:
+        _together(begin, world)
+        written = _together(write, world)
+        _together(finish, world)
+    except BaseException:
+        if first:
             with suppress(OSError):
                 storage.remove(temporary)
-            raise
+        raise
+    if first:
         _name_latest(root, step)
-    return folder
+    return root / str(step)
+
+
+def file_names(held: Sequence[Mapping[str, bool]], rank: int) -> dict[str, str]:
+    """A rank's file of each group of which it has something, by each rank's groups; what nobody has is rank 0's."""
+    found = {}
+    for group in sorted({group for groups in held for group in groups}):
+        writers = [writer for writer, groups in enumerate(held) if groups.get(group)] or [0]
+        if rank in writers:
+            found[group] = f"{group}-{writers.index(rank):05}-of-{len(writers):05}.safetensors"
+    return found
 
 
 def write_tensors(path: Path, group: Mapping[str, Saved]) -> FileFacts:
@@ -138,12 +180,41 @@ def remove_run(root: Path) -> None:
         clean(root)
 
 
-def _publish(root: Path, temporary: Path, manifest: Manifest) -> Path:
-    """Rename the finished temporary folder to its step, or drop it if the same checkpoint is there already."""
+def _together(work: Callable[[], T], world: Axis) -> list[T]:
+    """Do a part of the work on every rank; all of them get all results, or where one failed, all raise."""
+    try:
+        found = work()
+    except Exception as error:
+        known = isinstance(error, StorageError)
+        what = f"rank {world.rank}: {error if known else repr(error)}"
+        gather_objects((None, what), world)
+        if known and world.size > 1:
+            raise StorageError(what) from error
+        raise
+    outcomes = gather_objects((found, None), world)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise StorageError(failure)
+    return [result for result, _ in outcomes]
+
+
+def _small_files(step: int, state: Mapping[str, object], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What a checkpoint holds beside tensors and the manifest."""
+    small = {**files, STATE: json_bytes({**state, "step": step, "format_version": FORMAT_VERSION})}
+    for name in small:
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"save: {name!r} cannot be the name of a file in a checkpoint")
+    return small
+
+
+def _publish(root: Path, temporary: Path, manifest: Manifest) -> None:
+    """Complete the temporary folder and rename it to its step, or drop it if the same checkpoint is there already."""
+    storage.write(temporary / MANIFEST, [manifest.dump()])
+    storage.sync_folder(temporary)
     folder = root / str(manifest.step)
     if not folder.exists():
         storage.rename(temporary, folder)
-        return folder
+        return
     try:
         present = open_checkpoint(folder)
         present.verify()
@@ -153,7 +224,7 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> Path:
     else:
         if present.manifest == manifest:
             storage.remove(temporary)
-            return folder
+            return
         aside = folder.with_name(_passing("old", manifest.step))
     storage.rename(folder, aside)
     try:
@@ -164,7 +235,6 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> Path:
         raise
     if aside.name.startswith(".old-"):
         storage.remove(aside)
-    return folder
 
 
 def _name_latest(root: Path, step: int) -> None:

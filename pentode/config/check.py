@@ -7,6 +7,7 @@ from typing import Any
 
 from pentode.config.kinds.gpt2 import GPT2Config
 from pentode.config.kinds.llama import LlamaConfig
+from pentode.config.kinds.shape import Shape
 from pentode.config.part import Absent, Unknown, part_of
 from pentode.config.schema import Config
 from pentode.config.tree import Path, Problem, Section, path_of
@@ -18,13 +19,9 @@ Found = Iterator[tuple[str, str]]  # dotted path, what is wrong there
 # Everything the schema knows that has no code behind it: path -> (values that work, what the others would be).
 # `*` stands for each stage; a section is given by its class's name. Building a thing is removing its line.
 NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "general.ignore_sanity_checks": ((True,), "comparing the copies of several processes"),
-    "parallelism.tp": ((1,), "tensor parallelism"),
-    "parallelism.pp": ((1,), "pipeline parallelism"),
     "parallelism.context_parallel_size": ((1,), "context parallelism"),
     "parallelism.expert_parallel_size": ((1,), "expert parallelism"),
-    "parallelism.recompute_layer": ((False,), "recomputing activations"),
-    "optimizer.zero_stage": ((0,), "sharding the optimizer (ZeRO)"),
+    "optimizer.zero_stage": ((0, 1), "sharding gradients and weights (ZeRO-2 and 3)"),
     "model.init_method": (("RandomInit",), "this way to get the first weights"),
     "model.init_method.scaling_method": (("NUM_LAYERS", "NONE"), "this scaling"),
     "checkpoints.checkpointing_engine": (("torch",), "the datastates engine"),
@@ -107,11 +104,75 @@ def _heads(c: Config) -> Found:
         )
     if shape.heads % shape.kv_heads:
         yield f"{where}.{kv}", f"{shape.kv_heads} does not divide {where}.{heads}={shape.heads}"
-    tp = c.parallelism.tp
+
+
+def _tensor_parallel(c: Config) -> Found:
+    shape, where, tp = c.model.model_config, "model.model_config", c.parallelism.tp
     if shape.heads % tp:
-        yield "parallelism.tp", f"{tp} does not divide {where}.{heads}={shape.heads}"
-    elif shape.kv_heads % tp:
-        yield "parallelism.tp", f"{tp} does not divide {where}.{kv}={shape.kv_heads}; use tp={shape.kv_heads} or less"
+        problem = f"does not divide {where}.{shape.HEADS}={shape.heads}"
+    elif _no_even_kv(shape, tp):
+        problem = f"neither divides {where}.{shape.KV_HEADS}={shape.kv_heads} nor is a multiple of it"
+    elif shape.ffn_width % tp:
+        problem = f"does not divide the {shape.ffn_width} features inside the MLP of {where}"
+    else:
+        return
+    sizes = range(1, shape.heads + 1)
+    fit = [n for n in sizes if not (shape.heads % n or _no_even_kv(shape, n) or shape.ffn_width % n)]
+    yield "parallelism.tp", f"{tp} {problem}; use {_either(fit)}"
+
+
+def _no_even_kv(shape: Shape, tp: int) -> bool:
+    """Whether tp ranks can neither share the key/value heads out nor hold equally many copies of each."""
+    return shape.kv_heads % tp != 0 and tp % shape.kv_heads != 0
+
+
+def _sequence_parallel(c: Config) -> Found:
+    tp, sequences = c.parallelism.tp, c.tokens.micro_batch_size
+    if c.parallelism.tp_mode == "REDUCE_SCATTER":
+        for path, length in _lengths(c):
+            if sequences * length % tp:
+                yield (
+                    path,
+                    f"{length} x tokens.micro_batch_size={sequences} tokens is not a multiple of parallelism.tp={tp}, "
+                    "which tp_mode REDUCE_SCATTER needs; use ALL_REDUCE, or other numbers",
+                )
+
+
+def _pipeline(c: Config) -> Found:
+    p, layers = c.parallelism, c.model.model_config.num_layers
+    if p.pp == 1:
+        return
+    if p.pp_engine == "1f1b" and p.stages_per_rank > 1:
+        yield (
+            "parallelism.pp_stages_per_rank",
+            f"{p.stages_per_rank}, but pp_engine 1f1b has one stage on each rank; use interleaved or afab",
+        )
+    elif p.pp_engine == "interleaved" and p.stages_per_rank == 1:
+        yield "parallelism.pp_stages_per_rank", "1, but pp_engine interleaved needs more; use 2, or 1f1b"
+    elif p.pp * p.stages_per_rank > layers:
+        stages = f"{p.pp} x {p.stages_per_rank} stages a rank" if p.stages_per_rank > 1 else f"{p.pp} stages"
+        most = layers // p.stages_per_rank
+        yield (
+            "parallelism.pp",
+            f"{stages} is more than the {layers} layers of model.model_config; use "
+            + (f"pp={most} or less" if most > 1 else "pp=1"),
+        )
+
+
+def _interleaving(c: Config) -> Found:
+    pp, micro_batches = c.parallelism.pp, c.tokens.batch_accumulation_per_replica
+    if c.parallelism.pp_engine == "interleaved" and micro_batches % pp:
+        near = [n for n in (micro_batches // pp * pp, -(-micro_batches // pp) * pp) if n]
+        yield (
+            "tokens.batch_accumulation_per_replica",
+            f"{micro_batches} micro-batches is not a multiple of parallelism.pp={pp}, which pp_engine interleaved "
+            f"needs; use {_either(near)}",
+        )
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *some, last = map(str, numbers)
+    return f"{', '.join(some)} or {last}" if some else last
 
 
 def _rope(c: Config) -> Found:
@@ -228,6 +289,10 @@ def _local_folders(c: Config) -> Found:
 RULES: tuple[Callable[[Config], Found], ...] = (
     _not_built,
     _heads,
+    _tensor_parallel,
+    _sequence_parallel,
+    _pipeline,
+    _interleaving,
     _rope,
     _positions,
     _stages_start,

@@ -17,6 +17,7 @@ def _facts(c: Config) -> Iterator[tuple[str, str]]:
     yield "model", f"{shape.type}: {shape.num_layers} layers, width {shape.width}, {shape.heads} heads"
     yield from _parameters(c)
     yield "processes", f"{c.world_size} = pp {p.pp} x dp {p.dp} x cp {p.context_parallel_size} x tp {p.tp}"
+    yield from _layout(c)
     batch = c.global_batch_size
     product = (
         f"micro-batch {tokens.micro_batch_size} x accumulation {tokens.batch_accumulation_per_replica} x dp {p.dp}"
@@ -34,8 +35,26 @@ def _facts(c: Config) -> Iterator[tuple[str, str]]:
         kind = "dummy data" if stage.data.dataset is None else stage.data.dataset.type
         yield "stage", f"{stage.name}: steps {stage.start_training_step} to {last}, {kind}"
     rate = c.optimizer.learning_rate_scheduler
-    yield "optimizer", f"{c.optimizer.optimizer_factory.name}, learning rate {rate.learning_rate:g}"
+    zero = f", ZeRO-{c.optimizer.zero_stage} over dp {p.dp}" if c.optimizer.zero_stage and p.dp > 1 else ""
+    yield "optimizer", f"{c.optimizer.optimizer_factory.name}, learning rate {rate.learning_rate:g}{zero}"
     yield "checkpoints", f"every {c.checkpoints.checkpoint_interval:,} steps in {c.checkpoints.checkpoints_path}"
+
+
+def _layout(c: Config) -> Iterator[tuple[str, str]]:
+    """What a rank holds of the model, where it is not all of it."""
+    shape, p = c.model.model_config, c.parallelism
+    if p.tp > 1:
+        heads = f"{shape.heads // p.tp} query, {max(1, shape.kv_heads // p.tp)} key/value"
+        copies = f"; each key/value head on {p.tp // shape.kv_heads} ranks" if p.tp > shape.kv_heads else ""
+        cut = "; tokens cut between the layers" if p.tp_mode == "REDUCE_SCATTER" else ""
+        yield "tensor parallel", f"heads on a rank: {heads}{copies}{cut}"
+    if p.pp > 1:
+        stages, micro_batches = p.pp * p.stages_per_rank, c.tokens.batch_accumulation_per_replica
+        idle = (p.pp - 1) / (p.stages_per_rank * micro_batches + p.pp - 1)  # arXiv:2104.04473, section 2.2
+        yield (
+            "pipeline",
+            f"{stages} stages, {p.stages_per_rank} on a rank; {p.pp_engine}: idle for {idle:.0%} of a step at best",
+        )
 
 
 def _parameters(c: Config) -> Iterator[tuple[str, str]]:
@@ -54,6 +73,11 @@ def _parameters(c: Config) -> Iterator[tuple[str, str]]:
     gradient = wide if c.optimizer.accumulate_grad_in_fp32 else size
     total = size + master + gradient + adam * wide
     yield "", f"{_human(count * total)}B with gradients, masters and optimizer: {total} bytes a parameter"
+    p = c.parallelism
+    state = (master + adam * wide) / (p.dp if c.optimizer.zero_stage else 1)
+    held = count * (size + gradient + state) / (p.pp * p.tp)
+    if held < count * total:
+        yield "", f"{_human(held)}B of that on each rank, if stages were equal"
 
 
 def _steps_of_length(c: Config) -> dict[int, int]:

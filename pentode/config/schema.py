@@ -66,17 +66,32 @@ class ParallelismArgs:
     """How many processes share what."""
 
     dp: AtLeastOne = Field(description="data-parallel replicas")
-    pp: AtLeastOne = Field(description="pipeline stages")
+    pp: AtLeastOne = Field(description="pipeline-parallel ranks, each with stages of its own")
     tp: AtLeastOne = Field(description="tensor-parallel ranks")
-    pp_engine: Annotated[Literal["afab", "1f1b"], Folds] = Field("afab", description="schedule; no effect at pp=1")
+    pp_engine: Annotated[Literal["afab", "1f1b", "interleaved"], Folds] = Field(
+        "afab", description="schedule; interleaved is 1F1B over several stages a rank; no effect at pp=1"
+    )
+    pp_stages_per_rank: AtLeastOne | None = Field(
+        None, description="stages that each pipeline rank holds; null: 2 for interleaved, else 1; no effect at pp=1"
+    )
     tp_mode: Annotated[Literal["ALL_REDUCE", "REDUCE_SCATTER"], BeforeValidator(_upper)] = Field(
         "ALL_REDUCE", description="REDUCE_SCATTER: sequence parallelism between the layers; no effect at tp=1"
     )
-    tp_linear_async_communication: bool = Field(False, description="communicate while multiplying; no effect at tp=1")
-    recompute_layer: bool = Field(False, description="recompute each block in backward, to save memory")
+    tp_linear_async_communication: bool = Field(
+        False, description="communicate while multiplying; with ALL_REDUCE in backward alone; no effect at tp=1"
+    )
+    recompute_layer: Annotated[Literal[True, False, "selective"], Folds] = Field(
+        False,
+        description="true: run each block again in backward, to save memory; selective: but matmuls and attention",
+    )
     tp_recompute_allgather: bool = Field(True, description="gather inputs again in backward; no effect at tp=1")
     expert_parallel_size: AtLeastOne = Field(1, description="ranks that share the experts")
     context_parallel_size: AtLeastOne = Field(1, description="ranks that share each sequence")
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages that each pipeline rank holds."""
+        return self.pp_stages_per_rank or (2 if self.pp_engine == "interleaved" else 1)
 
 
 @section
@@ -181,7 +196,9 @@ class OptimizerArgs:
     """How gradients change weights."""
 
     optimizer_factory: OptimizerFactory = Field(description="which optimizer")
-    zero_stage: Literal[0, 1, 2, 3] = Field(description="what data-parallel ranks share (arXiv:1910.02054); 0: nothing")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        description="ZeRO (arXiv:1910.02054): 1 cuts the optimizer's state and masters over dp; 0: nothing"
+    )
     weight_decay: float = Field(ge=0, description="each step takes away lr * this * weight")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(description="largest norm of all gradients; null: no limit")
     accumulate_grad_in_fp32: bool = Field(description="sum micro-batches in float32; false: in the model's type")

@@ -7,6 +7,8 @@ An axis of size 1 makes each of them the identity.
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +16,11 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist.mesh import Axis
 
+T = TypeVar("T")
+
 _ops = torch.ops._c10d_functional
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13 renamed both
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def replicate(x: Tensor, axis: Axis) -> Tensor:
@@ -83,6 +89,49 @@ def max_(x: Tensor, axis: Axis) -> Tensor:
     if axis.size > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=axis.group)
     return x
+
+
+def start_sum_and_split_(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Begin to sum x [n] over the ranks, each keeping its own n / size elements of the sum, in place.
+
+    Returns at once; after `.wait()` this rank's part of x holds the sum, and the rest is not to be read. Outside
+    autograd (forward only, no backward). None where there is nothing to wait for.
+    """
+    if axis.size == 1:
+        return None
+    return _reduce_scatter(local_part(x, axis), x, group=axis.group, async_op=True)
+
+
+def start_join_(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Begin to fill x [n] with every rank's own n / size elements of it, in place.
+
+    Returns at once; after `.wait()` x is whole. Outside autograd (forward only, no backward). None where there is
+    nothing to wait for.
+    """
+    if axis.size == 1:
+        return None
+    return _all_gather(x, local_part(x, axis), group=axis.group, async_op=True)
+
+
+def local_part(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's share of x [n]: its n / size neighbouring elements, a view (forward and backward move nothing)."""
+    return x.view(axis.size, -1)[axis.rank]
+
+
+def broadcast_(x: Tensor, axis: Axis, *, source: int) -> Tensor:
+    """Give all ranks of the axis the x of its rank `source`, in place (forward only, no backward)."""
+    if axis.size > 1:
+        dist.broadcast(x, group=axis.group, group_src=source)
+    return x
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """Every rank's value, in the order of the axis; for small things that JSON could hold (forward only, no backward)."""
+    if axis.size == 1:
+        return [value]
+    found: list[T | None] = [None] * axis.size
+    dist.all_gather_object(found, value, group=axis.group)
+    return found  # pyright: ignore[reportReturnType]
 
 
 def wait_for_all() -> None:

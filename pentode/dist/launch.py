@@ -1,12 +1,14 @@
-"""How many processes a run has and which one this is, from torchrun or alone; and starting them."""
+"""How many processes a run has and which one this is, from torchrun, Slurm or alone; and starting them."""
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -19,34 +21,118 @@ from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted
 TIMEOUT = timedelta(minutes=20)  # Nanotron's; a rank that writes a large cache alone may take long
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # srun's; a batch script alone has no SLURM_STEP_...
+PORTS = range(20000, 32768)  # from there on, Linux gives ports to whoever asks for any
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run's: `local_rank` counts within the host."""
+    """This process among all of the run's.
+
+    local_rank  counts within the host
+    meeting     where they find each other; "env://" is MASTER_ADDR and MASTER_PORT, as torchrun sets them
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-
-
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # as torchrun sets them
+    meeting: str = "env://"
 
 
 def world() -> World:
-    """Where this process stands, from the environment that torchrun set; alone otherwise."""
-    if not all(name in os.environ for name in VARIABLES):
-        return World()
-    values = {name: os.environ[name] for name in VARIABLES}
-    odd = [f"launch: {name}={value!r} is not a number" for name, value in values.items() if not value.isdigit()]
-    if odd:
-        raise ConfigError(odd)
-    return World(*(int(value) for value in values.values()))
+    """Where this process stands, from the environment that torchrun or else Slurm's srun set; alone otherwise."""
+    env = os.environ
+    if "RANK" in env or "WORLD_SIZE" in env:
+        here = _world(*_numbers(TORCHRUN, by="torchrun"))
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if here.size > 1 and missing:
+            raise ConfigError([f"launch: WORLD_SIZE={here.size} without {' and '.join(missing)}; start with torchrun"])
+        return here
+    if "SLURM_STEP_NUM_TASKS" in env:
+        here = _world(*_numbers(SLURM, by="srun"))
+        return replace(here, meeting=f"tcp://{_address()}:{_port()}") if here.size > 1 else here
+    return World()
+
+
+def _world(rank: int, size: int, local_rank: int) -> World:
+    if rank >= size:
+        raise ConfigError([f"launch: rank {rank} of {size} processes; ranks count from 0"])
+    return World(rank, size, local_rank)
+
+
+def _numbers(names: Sequence[str], *, by: str) -> list[int]:
+    """The values of these variables, which `by` sets together."""
+    given = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        together = f"{' and '.join(given)} without {' and '.join(missing)}"
+        raise ConfigError([f"launch: {together}; {by} sets all of them, and nothing does for a process alone"])
+    return [_number(name) for name in names]
+
+
+def _number(name: str) -> int:
+    value = os.environ[name]
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError([f"launch: {name}={value!r} is not a number"])
+    return int(value)
+
+
+def _address() -> str:
+    """The host of a Slurm step's first task."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        if name in os.environ:
+            found = expand_hosts(os.environ[name])
+            if not found:
+                raise ConfigError([f"launch: {name}={os.environ[name]!r} is not a list of hosts; set MASTER_ADDR"])
+            return found[0]
+    raise ConfigError(["launch: no SLURM_STEP_NODELIST to find the first host in; set MASTER_ADDR"])
+
+
+def _port() -> int:
+    """A port that all processes of a Slurm step take, and those of other jobs and steps rarely do."""
+    if "MASTER_PORT" in os.environ:
+        return _number("MASTER_PORT")
+    job, step = (_number(name) if name in os.environ else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return PORTS[(1009 * job + step) % len(PORTS)]  # a prime, so that the steps of a job do not meet the next job's
+
+
+def expand_hosts(names: str) -> list[str]:
+    """The hosts that Slurm's short form names: node03, node04, gpu7 for "node[03-04],gpu7"; none if it is malformed."""
+    found: list[str] = []
+    for word in re.split(r",(?![^\[]*\])", names):  # at commas outside of brackets
+        parts = re.split(r"\[([\d,-]+)\]", word)  # text and brackets in turn
+        if not word or re.search(r"[^\w.-]", "".join(parts[::2])):
+            return []
+        found += map("".join, product(*([part] if i % 2 == 0 else _counted(part) for i, part in enumerate(parts))))
+    return found
+
+
+def _counted(ranges: str) -> list[str]:
+    """The numbers in a bracket, "03-05,9", with their leading zeros."""
+    found: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            return []
+        found += (f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1))
+    return found
 
 
 def connect(here: World, *, backend: str, device: torch.device) -> None:
     """Join the run's other processes; nothing to do alone."""
     if here.size > 1 and not dist.is_initialized():
         own = device if device.index is not None else None  # a GPU of its own, which NCCL wants to know at once
-        dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
+        dist.init_process_group(
+            backend,
+            init_method=here.meeting,
+            rank=here.rank,
+            world_size=here.size,
+            timeout=TIMEOUT,
+            device_id=own,
+        )
 
 
 def disconnect() -> None:

@@ -6,41 +6,66 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pentode import device as devices
 from pentode import log
 from pentode.checkpoint.layout import MANIFEST, Saved
 from pentode.checkpoint.load import Checkpoint, newest, open_checkpoint
+from pentode.config.check import problems
 from pentode.config.load import load_config
 from pentode.config.schema import Config
 from pentode.data.tokenizer import OURS, THEIRS, Tokenizer, load_tokenizer
-from pentode.dist.mesh import Mesh
-from pentode.errors import CheckpointError
+from pentode.dist import launch
+from pentode.dist.p2p import connect
+from pentode.errors import CheckpointError, ConfigError
+from pentode.generate.engine import Speaker
 from pentode.generate.sampling import Sampling
 from pentode.generate.text import continue_text
-from pentode.run.build import build_model
+from pentode.run.build import build_mesh, build_stages, names_of_model
 
 RULE = "-" * 40
 
 
-def generate_from(path: Path, prompts: Sequence[str], *, sampling: Sampling, device: str = "auto") -> Iterator[str]:
+def generate_from(
+    path: Path, prompts: Sequence[str], *, sampling: Sampling, device: str = "auto", tp: int = 1, pp: int = 1
+) -> Iterator[str]:
     """What `pentode generate` prints: each prompt continued by the model in `path`, and a rule between two of them.
 
     `path` is a checkpoint's folder, or a run's: its newest checkpoint. Each prompt has a seed of its own, so that one
-    given twice is continued in two ways.
+    given twice is continued in two ways. With tp * pp processes, all of them call, and the first one gives the texts.
     """
-    log.setup(level="warning", stream=sys.stderr)  # stdout is for the texts
+    here = launch.world()
+    log.setup(level="warning", rank=here.rank, stream=sys.stderr)  # stdout is for the texts
     checkpoint = _checkpoint(path)
-    config, tokenizer = _config(checkpoint), _tokenizer(checkpoint)
-    place = devices.pick(device)
-    model = build_model(config, Mesh.single(), place)
-    weights = {name: Saved(p.detach(), p.spec.global_shape, p.spec.boxes()) for name, p in model.named_parameters()}
-    checkpoint.read("weights", weights)
-    for number, prompt in enumerate(prompts):
-        if number > 0:
-            yield RULE
-        own = replace(sampling, seed=sampling.seed + number)
-        text = continue_text(model, tokenizer, prompt, config=config, sampling=own, device=place)
-        yield log.printable(text) if sys.stdout.isatty() else text  # an untrained model may write anything
+    config, tokenizer = _config(checkpoint, tp=tp, pp=pp, world_size=here.size), _tokenizer(checkpoint)
+    place = devices.pick(device, local_rank=here.local_rank)
+    launch.connect(here, backend=devices.backend(place), device=place)
+    try:
+        speaker = _speaker(checkpoint, config, place)
+        for number, prompt in enumerate(prompts):
+            own = replace(sampling, seed=sampling.seed + number)
+            text = continue_text(speaker, tokenizer, prompt, config=config, sampling=own, device=place)
+            if here.rank == 0:
+                yield from [RULE] if number > 0 else []
+                yield log.printable(text) if sys.stdout.isatty() else text  # an untrained model may write anything
+    finally:
+        launch.disconnect()
+
+
+def refuse_early(path: Path, *, tp: int, pp: int) -> None:
+    """Raise what is wrong with the checkpoint or the layout, once: processes that are started would all say it."""
+    _config(_checkpoint(path), tp=tp, pp=pp, world_size=tp * pp)
+
+
+def _speaker(checkpoint: Checkpoint, config: Config, device: torch.device) -> Speaker:
+    """The model of the checkpoint, this rank's part of it."""
+    mesh = build_mesh(config)
+    stages = build_stages(config, mesh, device)
+    parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
+    weights = {name: Saved.of(p.detach(), p.spec.global_shape, p.spec.boxes()) for name, p in parameters.items()}
+    checkpoint.read("weights", weights, names=names_of_model(stages, mesh))
+    return Speaker(stages, mesh, connect(mesh.pp, device=device), tuple(range(mesh.pp.size)))
 
 
 def _checkpoint(path: Path) -> Checkpoint:
@@ -54,9 +79,16 @@ def _checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def _config(checkpoint: Checkpoint) -> Config:
+def _config(checkpoint: Checkpoint, *, tp: int, pp: int, world_size: int) -> Config:
+    """The checkpoint's config, in another layout."""
     checkpoint.file("config.yaml")  # proves its checksum
-    return load_config(checkpoint.folder / "config.yaml")
+    layout = {"dp": 1, "tp": tp, "pp": pp, "pp_engine": "afab", "pp_stages_per_rank": 1, "context_parallel_size": 1}
+    overrides = [f"parallelism.{key}={value}" for key, value in layout.items()]
+    config = load_config(checkpoint.folder / "config.yaml", overrides)
+    found = problems(config, world_size=world_size)
+    if found:
+        raise ConfigError(found)
+    return config
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

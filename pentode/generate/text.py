@@ -5,27 +5,33 @@ import torch
 from pentode.config.schema import Config
 from pentode.data.tokenizer import Tokenizer
 from pentode.errors import DataError
-from pentode.generate.engine import generate
+from pentode.generate.engine import Speaker, generate
 from pentode.generate.sampling import Sampling
 from pentode.nn.causal_lm import CausalLM
 
 
 def continue_text(
-    model: CausalLM, tokenizer: Tokenizer, prompt: str, *, config: Config, sampling: Sampling, device: torch.device
+    model: CausalLM | Speaker,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    config: Config,
+    sampling: Sampling,
+    device: torch.device,
 ) -> str:
     """The prompt and what the model, trained as `config` says, writes after it. An empty prompt begins a new text.
 
     Tokens that only the model has, whose vocabulary may be the larger one, are left out.
     DataError for a prompt that the tokenizer or the model has no token for.
     """
-    ids = _prompt_ids(tokenizer, prompt)
+    speaker, ids = Speaker.of(model), _prompt_ids(tokenizer, prompt)
     start = ids or _beginning(tokenizer)
-    if max(start) >= model.vocab.size:
+    if max(start) >= speaker.vocab_size:
         raise DataError(
-            f"prompt: has token id {max(start)}, beyond the model's vocabulary of {model.vocab.size}; leave it out"
+            f"prompt: has token id {max(start)}, beyond the model's vocabulary of {speaker.vocab_size}; leave it out"
         )
     found = generate(
-        model,
+        speaker,
         torch.tensor([start], device=device),
         sampling=sampling,
         max_positions=context_length(config),

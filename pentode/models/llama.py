@@ -66,13 +66,29 @@ def build(
     dtype: torch.dtype,
     vocab_size_padded: int,
     sequence_parallel: bool = False,
+    gather_again: bool = False,
+    overlap: bool = False,
     seed: int = 0,
 ) -> CausalLM:
-    """The part of the model that a pipeline stage holds, its weights not yet initialised. `seed` is dropout's."""
-    place = Place(mesh.tp, device, dtype, sequence_parallel)
+    """The part of the model that a pipeline stage holds, its weights not yet initialised.
+
+    `seed` is dropout's; the other options are those of `Place`.
+    """
+    place = Place(
+        mesh.tp,
+        device,
+        dtype,
+        mesh.tp_kv,
+        sequence_parallel=sequence_parallel,
+        gather_again=gather_again,
+        overlap=overlap,
+    )
     tables = {"padded": vocab_size_padded, "place": place}
+    copies = mesh.ends if c.tied else None
     ends = Ends(
-        embed=VocabEmbedding(c.vocab_size, c.width, **tables) if part.first or (part.last and c.tied) else None,
+        embed=VocabEmbedding(c.vocab_size, c.width, **tables, shared_with=copies)
+        if part.first or (part.last and c.tied)
+        else None,
         positions=None,
         norm=RMSNorm(c.width, c.rms_norm_eps, place=place) if part.last else None,
         head=VocabTable(c.vocab_size, c.width, **tables) if part.last and not c.tied else None,
@@ -80,6 +96,7 @@ def build(
     return CausalLM(
         part=part,
         place=place,
+        width=c.width,
         vocab=Vocab(c.vocab_size, mesh.tp),
         ends=ends,
         layers={i: Block(c, place) for i in part.layers},

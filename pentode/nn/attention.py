@@ -18,7 +18,8 @@ from pentode.parallel.tensor import ColumnLinear, Place, RowLinear
 class Attention(nn.Module):
     """out(softmax(q k^T / sqrt(E)) v), with q, k, v from one fused layer `qkv`.
 
-    `dropout` acts on the probabilities. With rotary positions, q and k are turned by their tokens' angles.
+    `dropout` acts on the probabilities. With rotary positions, q and k are turned by their tokens' angles. Key/value
+    heads fewer than tp are held by several neighbouring ranks each (`place.tp_kv`), with their own query heads.
     """
 
     def __init__(
@@ -34,13 +35,20 @@ class Attention(nn.Module):
         dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
-        for name, count in (("attention", heads), ("key/value", kv_heads)):
-            if count % place.tp.size:
-                raise ValueError(f"Attention: tp={place.tp.size} does not divide {count} {name} heads")
+        tp, copies = place.tp.size, place.tp_kv.size
+        if heads % tp:
+            raise ValueError(f"Attention: tp={tp} does not divide {heads} attention heads")
+        if kv_heads * copies % tp:
+            raise ValueError(f"Attention: tp={tp} does not divide {kv_heads} key/value heads, {copies} of each")
         self.place, self.head_dim, self.rotary, self.dropout = place, head_dim, rotary, dropout
-        self.heads, self.kv_heads = heads // place.tp.size, kv_heads // place.tp.size
+        self.heads, self.kv_heads = heads // tp, kv_heads * copies // tp
+        shared = place.tp_kv if copies > 1 else None
         self.qkv = ColumnLinear(
-            width, (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), place=place, bias=bias
+            width,
+            (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim),
+            place=place,
+            bias=bias,
+            copies=(None, shared, shared),
         )
         self.out = RowLinear(heads * head_dim, width, place=place, bias=bias)
 

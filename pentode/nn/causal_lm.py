@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pentode.dist.p2p import Form
 from pentode.nn.cache import Cache
 from pentode.nn.dropout import Dropout
 from pentode.nn.shared import Shared
@@ -38,7 +39,7 @@ class Ends:
     """The modules before and after the blocks; None where this part, or this kind of model, has none of them.
 
     `head` is None where the output layer is tied to `embed`, of which first and last part then hold a copy each. On
-    two stages, each copy's gradient is a partial sum over the two.
+    two stages, each copy's gradient is a partial sum over the two (`VocabTable`).
     """
 
     embed: VocabEmbedding | None
@@ -52,10 +53,15 @@ def run_block(block: nn.Module, x: Tensor, shared: Shared) -> Tensor:
     return block(x, shared)
 
 
+def _nothing(name: str) -> None:
+    """What is done before a block is used, unless its weights are still on their way."""
+
+
 class CausalLM(nn.Module):
     """A language model, or the part of it that a pipeline stage holds. Layers keep their global number in their name.
 
-    Dropout acts only in training mode; its masks follow from `dropout_seed`, samples and positions.
+    Dropout acts only in training mode; its masks follow from `dropout_seed`, samples and positions. `before_use` is
+    called with "embed", "layers.3", ... before the weights of that name are used.
     """
 
     frequencies: Tensor | None
@@ -66,6 +72,7 @@ class CausalLM(nn.Module):
         *,
         part: Part,
         place: Place,
+        width: int,
         vocab: Vocab,
         ends: Ends,
         layers: Mapping[int, nn.Module],
@@ -75,7 +82,7 @@ class CausalLM(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.part, self.place, self.vocab, self.z_loss = part, place, vocab, z_loss
+        self.part, self.place, self.width, self.vocab, self.z_loss = part, place, width, vocab, z_loss
         self.embed, self.positions, self.embed_dropout = ends.embed, ends.positions, embed_dropout
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.norm, self.head = ends.norm, ends.head
@@ -83,6 +90,7 @@ class CausalLM(nn.Module):
         self.register_buffer("dropout_seed", torch.tensor(seed, device=place.device), persistent=False)
         self.dropouts = any(isinstance(module, Dropout) and module.p > 0 for module in self.modules())
         self.run_block: Callable[[nn.Module, Tensor, Shared], Tensor] = run_block
+        self.before_use: Callable[[str], None] = _nothing
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The batch's tokens, or the activations [T, D] of the part before, to activations, or to the loss (last part).
@@ -92,10 +100,13 @@ class CausalLM(nn.Module):
         """
         shared = self.shared(batch)
         x = self.embedded(batch, shared) if self.part.first else x
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            self.before_use(f"layers.{number}")
             x = self.run_block(layer, x, shared)
         if not self.part.last:
             return x
+        self.before_use("norm")
+        self.before_use("embed" if self.head is None else "head")
         x = self.place.enter(self.norm(x))  # [T, D]
         return vocab_loss(
             x, self.output_weight, batch.labels, vocab=self.vocab, z_loss=self.z_loss if self.training else 0.0
@@ -116,6 +127,13 @@ class CausalLM(nn.Module):
         if last_only:
             x = x.unflatten(0, (-1, batch.sequence_length))[:, -1]  # [B, D]
         return vocab_logits(x, self.output_weight, vocab=self.vocab)
+
+    def takes(self, batch: Batch) -> tuple[Form, ...]:
+        """What the part before gives for a batch: [T, D], or [T/tp, D] under sequence parallelism."""
+        tokens = batch.tokens.numel() // (self.place.tp.size if self.place.sequence_parallel else 1)
+        return (Form((tokens, self.width), self.place.dtype),)
+
+    gives = takes  # every boundary between parts is alike
 
     def empty_cache(self, rows: int, capacity: int) -> Cache:
         """A cache for `rows` sequences of up to `capacity` tokens."""
@@ -138,7 +156,9 @@ class CausalLM(nn.Module):
 
     def embedded(self, batch: Batch, shared: Shared) -> Tensor:
         """The first block's input.  # [T, D], or [T/tp, D] under sequence parallelism"""
+        self.before_use("embed")
         x = self.embed(batch.tokens)
         if self.positions is not None:
+            self.before_use("positions")
             x = x + self.positions(self.place.local_tokens(batch.positions))
         return x if self.embed_dropout is None else self.embed_dropout(x, shared.local_keys)

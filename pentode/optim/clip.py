@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from pentode.dist.collectives import sum_
-from pentode.dist.mesh import Mesh
 from pentode.optim.layout import ALIGN
 from pentode.optim.master import MasterWeights
 
 EPSILON = 1e-6  # torch's clip_grad_norm_ and Nanotron add it to the norm
 
 
-def gradient_norm(master: MasterWeights, mesh: Mesh) -> Tensor:
-    """The Euclidean norm of the whole model's gradient, 0-d, in float32 (float64 for float64 gradients).
+def squared_norm(master: MasterWeights) -> Tensor:
+    """This rank's part of the squared Euclidean norm of the whole model's gradient, 0-d, in float32 or wider.
 
-    Each element of the global gradient counts once: what every tp rank holds a copy of counts on the first of them. All
-    ranks of `mesh.model` must call. Not finite if any element is not.
+    Summed over `mesh.world`, each element of the global gradient counts once: what several ranks hold counts on its
+    owner. Not finite if any element is not.
     """
-    squares = [_sum_of_squares(flat.gradient) * (flat.cut or mesh.tp.rank == 0) for flat in master.flat]
-    return sum_(torch.stack(squares).sum(), mesh.model).sqrt()
+    counts = master.sharded or master.data.rank == 0
+    squares = [_sum_of_squares(gradient) for gradient in master.own_gradients if counts]
+    like = master.flat[0].gradient
+    return torch.stack(squares).sum() if squares else like.new_zeros((), dtype=_wide(like.dtype))
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
@@ -30,5 +30,13 @@ def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
     """In float32, row by row: over one long vector torch's norm on a CPU is 4e-4 off at 10M elements."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.view(-1, ALIGN), dim=1, dtype=dtype).square().sum()
+    whole = gradient.numel() // ALIGN * ALIGN
+    dtype = _wide(gradient.dtype)
+    rows = torch.linalg.vector_norm(gradient[:whole].view(-1, ALIGN), dim=1, dtype=dtype).square().sum()
+    if whole == gradient.numel():
+        return rows
+    return rows + torch.linalg.vector_norm(gradient[whole:], dtype=dtype).square()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

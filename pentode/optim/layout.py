@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +18,15 @@ class Bucket:
     start: int
     stop: int
     names: tuple[str, ...]
+
+
+class Range(NamedTuple):
+    """Neighbouring elements of a parameter in a part of a buffer: where they begin in each, and how many they are."""
+
+    name: str
+    in_parameter: int
+    in_part: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,15 @@ class Layout:
             name: buffer[start : start + prod(self.shapes[name])].view(self.shapes[name])
             for name, start in self.starts.items()
         }
+
+    def ranges(self, start: int, stop: int) -> list[Range]:
+        """What elements [start, stop) of the buffer are of which parameters; padding is left out."""
+        found = []
+        for name, first in self.starts.items():
+            begin, end = max(start, first), min(stop, first + prod(self.shapes[name]))
+            if begin < end:
+                found.append(Range(name, begin - first, begin - start, end - begin))
+        return found
 
     def cut(self, buffer: Tensor) -> list[Tensor]:
         """The buffer [size] bucket by bucket."""

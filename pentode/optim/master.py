@@ -1,60 +1,53 @@
-"""Master weights: the flat buffers that hold all weights and gradients, and how gradients get there (design 1.9)."""
+"""Master weights: the buffers that hold all weights and gradients, how gradients get there and weights come back.
+
+Design 1.9. The buffers themselves are made in `optim/flat.py`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from pentode.dist.collectives import start_sum_, sum_
+from pentode.dist.collectives import start_join_, start_sum_, start_sum_and_split_, sum_
 from pentode.dist.mesh import Axis
+from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
-from pentode.optim.layout import Layout, lay_out
-from pentode.parallel.spec import ParamSpec
+from pentode.optim.layout import block_of
 
-
-@dataclass(frozen=True)
-class FlatGroup:
-    """Parameters that are stepped and reduced alike, side by side in buffers [N] of one layout.
-
-    model         what the model computes with: its parameters are views of this buffer
-    weight        the master weights, at least float32; the same tensor as `model` where that is precise enough
-    gradient      the step's gradient, summed over micro-batches
-    weight_decay  what the optimizer shrinks these weights by
-    cut           whether each tensor-parallel rank holds its own part of these parameters, rather than a copy
-    sum_over      the axis over which `gradient` is a partial sum until `finish_gradients`, if it is one
-    """
-
-    layout: Layout
-    model: Tensor
-    weight: Tensor
-    gradient: Tensor
-    weight_decay: float
-    cut: bool
-    sum_over: Axis | None
+COALESCE = 1 << 20  # elements up to which partial sums travel in one message; a copy of more costs more than a message
 
 
 @dataclass
-class _Reduction:
-    """A bucket of gradients on its way to the sum over `data`; `missing` parameters still wait for micro-batches."""
+class _Bucket:
+    """Parameters whose gradients are reduced together, and whose weights come back together.
 
-    gradient: Tensor
+    missing   parameters that still wait for micro-batches of this step
+    arriving  the weights of other ranks on their way here
+    """
+
     names: tuple[str, ...]
+    model: Tensor
+    gradient: Tensor
     missing: int = 0
+    arriving: torch.distributed.Work | None = None
 
 
 class MasterWeights:
-    """All parameters of this rank in flat buffers; every rank of `data` holds all of them (ZeRO-0).
+    """All parameters of this rank in flat buffers, of which it steps all (ZeRO-0), or 1 / data.size (ZeRO-1).
 
     parameters     by name, in the model's order; each becomes a view of the model buffer and keeps its values
     groups         which parameters are stepped alike; every name is in one group
     data           the axis that gradients are summed over
     bucket_bytes   gradient bytes from which a bucket is full and reduced on its own
     accumulate_in  dtype of the gradients, where the parameter's own is not wider
+    zero_stage     1: master weights and optimizer states are cut over `data` (arXiv:1910.02054, section 5.1)
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
     is None again: the step's first micro-batch writes, later ones add. A bucket whose last gradient has arrived is
-    reduced while backward goes on.
+    reduced while backward goes on: all-reduced, or reduce-scattered under ZeRO-1, where the weights that other ranks
+    stepped then come back bucket by bucket while the next forward goes on.
 
     Masters are float32 (float64 for float64 parameters) whatever gradients are accumulated in. Nanotron without
     `accumulate_grad_in_fp32` has none and steps bfloat16 weights directly, which loses most small updates.
@@ -68,78 +61,128 @@ class MasterWeights:
         data: Axis,
         bucket_bytes: int,
         accumulate_in: torch.dtype,
+        zero_stage: int = 0,
     ) -> None:
         self.data = data
-        self.flat: list[FlatGroup] = []
-        self.weights: dict[str, Tensor] = {}
+        self.sharded = zero_stage > 0 and data.size > 1
+        over = data if self.sharded else Axis("data")
+        self.flat = [
+            flatten(part, decay, shards=over, bucket_bytes=bucket_bytes, accumulate_in=accumulate_in)
+            for part, decay in alike(parameters, groups)
+        ]
         self.gradients: dict[str, Tensor] = {}
+        buckets: list[_Bucket] = []
+        for flat in self.flat:
+            self.gradients |= flat.layout.views(flat.gradient)
+            cut = zip(flat.layout.buckets, flat.layout.cut(flat.model), flat.layout.cut(flat.gradient), strict=True)
+            buckets += [_Bucket(bucket.names, model, gradient) for bucket, model, gradient in cut]
+        # Ranks must reduce in one order: backward's, where a bucket waits for the first of its parameters in the model.
+        places = {name: i for i, name in enumerate(parameters)}
+        self._buckets = sorted(buckets, key=lambda bucket: -places[bucket.names[0]])
+        self._of_block: dict[str, list[_Bucket]] = {}
+        for bucket in self._buckets:
+            for block, _ in groupby(bucket.names, key=block_of):
+                self._of_block.setdefault(block, []).append(bucket)
+        self.own_gradients = [gradient for flat in self.flat for gradient in flat.own_gradients()]
+        self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
         self._arrivals = dict.fromkeys(parameters, 0)
         self._micro_batches = 0
-        reductions: list[tuple[int, _Reduction]] = []
-        places = {name: i for i, name in enumerate(parameters)}
-        for alike, weight_decay in _alike(parameters, groups):
-            flat = _flatten(alike, weight_decay, data=data, bucket_bytes=bucket_bytes, accumulate_in=accumulate_in)
-            self.flat.append(flat)
-            self.weights |= flat.layout.views(flat.weight)
-            self.gradients |= flat.layout.views(flat.gradient)
-            for bucket, gradient in zip(flat.layout.buckets, flat.layout.cut(flat.gradient), strict=True):
-                reductions.append((places[bucket.names[0]], _Reduction(gradient, bucket.names)))
-        # Ranks must reduce in one order: backward's, where a bucket waits for the first of its parameters in the model.
-        self._reductions = [reduction for _, reduction in sorted(reductions, key=lambda pair: -pair[0])]
         self._works: list[torch.distributed.Work] = []
         self._started = 0
-        for reduction in self._reductions:
-            for name in reduction.names:
-                parameters[name].register_post_accumulate_grad_hook(self._receiver(name, reduction))
+        for bucket in self._buckets:
+            for name in bucket.names:
+                parameters[name].register_post_accumulate_grad_hook(self._receiver(name, bucket))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What this rank steps."""
+        return [shard for flat in self.flat for shard in flat.shards]
 
     @property
     def shares_storage(self) -> bool:
-        """Whether the master weights are the model's weights, so that there is nothing to publish."""
-        return all(flat.weight is flat.model for flat in self.flat)
+        """Whether the master weights are the model's weights, so that there is nothing to round."""
+        return all(flat.shares_storage for flat in self.flat)
+
+    def by_name(self, tensors: Sequence[Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
+        """Tensors that lie beside the shards, one for each, cut by parameter.
+
+        For each name: where a run of its elements begins in the flattened parameter of this rank, and a view of them.
+        """
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        layouts = [flat.layout for flat in self.flat for _ in flat.shards]
+        for layout, shard, tensor in zip(layouts, self.shards, tensors, strict=True):
+            for name, begin, at, length in layout.ranges(shard.start, shard.stop):
+                found.setdefault(name, []).append((begin, tensor[at : at + length]))
+        return found
 
     def start_step(self, micro_batches: int) -> None:
         """Expect gradients of this many micro-batches; the last step's gradients are given up."""
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)
         self._started = 0
-        for reduction in self._reductions:
-            reduction.missing = len(reduction.names)
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.names)
 
     def finish_gradients(self) -> None:
-        """Complete the step's gradients: zero for what got none, and the sum over all ranks for the rest."""
+        """Complete the shards' gradients: zero for what got none, and the sum over all ranks for the rest."""
         for name, count in self._arrivals.items():
             if count == 0:
                 self.gradients[name].zero_()
-        for reduction in self._reductions:
-            reduction.missing = 0
+        for bucket in self._buckets:
+            bucket.missing = 0
         self._start_complete()
         for work in self._works:
             work.wait()
         self._works.clear()
-        for flat in self.flat:
-            if flat.sum_over is not None:
-                sum_(flat.gradient, flat.sum_over)
+        self._finish_partial_sums()
+
+    def missing(self) -> list[str]:
+        """The parameters that got no gradient in this step, not even one of zeros."""
+        return [name for name, count in self._arrivals.items() if count == 0]
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the model the master weights, rounded to its dtype."""
+        """Give the model the master weights, rounded to its dtype; `wait_for` tells when a block's are there."""
         for flat in self.flat:
-            if flat.weight is not flat.model:
-                flat.model.copy_(flat.weight)
+            for shard in flat.shards if not flat.shares_storage else ():
+                flat.model[shard.start : shard.stop].copy_(shard.weight)
+        if self.sharded:
+            for bucket in reversed(self._buckets):
+                bucket.arriving = start_join_(bucket.model, self.data)
+
+    def wait_for(self, block: str | None = None) -> None:
+        """Return when the model's weights of a block ("layers.3", "embed"), or of all, are those last published."""
+        for bucket in self._buckets if block is None else self._of_block.get(block, ()):
+            if bucket.arriving is not None:
+                bucket.arriving.wait()
+                bucket.arriving = None
+
+    @torch.no_grad()
+    def set(self, name: str, values: Tensor) -> None:
+        """Give a parameter new values, in this rank's shape of it; the master weights take them unrounded."""
+        flat = next(flat for flat in self.flat if name in flat.layout.starts)
+        flat.layout.views(flat.model)[name].copy_(values)
+        for shard in flat.shards:
+            for part in flat.layout.ranges(shard.start, shard.stop):
+                if part.name == name:
+                    source = values.flatten()[part.in_parameter : part.in_parameter + part.length]
+                    shard.weight[part.in_part : part.in_part + part.length].copy_(source)
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
         """Take the model's weights, just read from elsewhere, as master weights."""
         for flat in self.flat:
-            if flat.weight is not flat.model:
-                flat.weight.copy_(flat.model)
+            for shard in flat.shards:
+                shard.weight.copy_(flat.model[shard.start : shard.stop])
 
     def bytes(self) -> int:
         """Memory held by weights, master weights and gradients."""
-        tensors = {id(t): t for flat in self.flat for t in (flat.model, flat.weight, flat.gradient)}
-        return sum(tensor.nbytes for tensor in tensors.values())
+        buffers = sum(flat.model.nbytes + flat.gradient.nbytes for flat in self.flat)
+        return buffers + sum(
+            shard.weight.nbytes for flat in self.flat if not flat.shares_storage for shard in flat.shards
+        )
 
-    def _receiver(self, name: str, reduction: _Reduction) -> Callable[[Tensor], None]:
+    def _receiver(self, name: str, bucket: _Bucket) -> Callable[[Tensor], None]:
         """The hook that autograd calls with the parameter, once per backward, when its gradient is complete."""
         into = self.gradients[name]
 
@@ -157,75 +200,30 @@ class MasterWeights:
                 into.add_(gradient)
             parameter.grad = None
             if count == expected:
-                reduction.missing -= 1
-                if not reduction.missing:
+                bucket.missing -= 1
+                if not bucket.missing:
                     self._start_complete()
 
         return receive
 
     def _start_complete(self) -> None:
         """Start to reduce the buckets that are complete, but none before its turn."""
-        while self._started < len(self._reductions) and not self._reductions[self._started].missing:
-            work = start_sum_(self._reductions[self._started].gradient, self.data)
+        start = start_sum_and_split_ if self.sharded else start_sum_
+        while self._started < len(self._buckets) and not self._buckets[self._started].missing:
+            work = start(self._buckets[self._started].gradient, self.data)
             if work is not None:
                 self._works.append(work)
             self._started += 1
 
-
-def _alike(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[Group]
-) -> list[tuple[dict[str, nn.Parameter], float]]:
-    """The parameters parted by all that a flat group has in common, each part in the model's order."""
-    decay = {name: group.weight_decay for group in groups for name in group.names}
-    assert decay.keys() == parameters.keys(), f"in groups or parameters only: {decay.keys() ^ parameters.keys()}"
-    parts: dict[tuple[object, ...], dict[str, nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        cut, sum_over = _cut(parameter), _sum_over(parameter)
-        parts.setdefault((decay[name], parameter.dtype, cut, sum_over), {})[name] = parameter
-    return [(part, decay[next(iter(part))]) for part in parts.values()]
-
-
-@torch.no_grad()
-def _flatten(
-    parameters: Mapping[str, nn.Parameter],
-    weight_decay: float,
-    *,
-    data: Axis,
-    bucket_bytes: int,
-    accumulate_in: torch.dtype,
-) -> FlatGroup:
-    """Move the parameters into new buffers."""
-    first = next(iter(parameters.values()))
-    gradient_dtype = torch.promote_types(first.dtype, accumulate_in)
-    layout = lay_out(
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        bucket_elements=bucket_bytes // gradient_dtype.itemsize,
-        ranks=data.size,
-    )
-    model = torch.zeros(layout.size, dtype=first.dtype, device=first.device)
-    for name, view in layout.views(model).items():
-        view.copy_(parameters[name])
-        parameters[name].data = view
-    return FlatGroup(
-        layout,
-        model=model,
-        weight=model.to(torch.promote_types(first.dtype, torch.float32)),  # the same tensor where that is its dtype
-        gradient=torch.zeros_like(model, dtype=gradient_dtype),
-        weight_decay=weight_decay,
-        cut=_cut(first),
-        sum_over=_sum_over(first),
-    )
-
-
-def _spec(parameter: nn.Parameter) -> ParamSpec:
-    return parameter.spec  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _cut(parameter: nn.Parameter) -> bool:
-    cut = _spec(parameter).cut
-    return cut is not None and cut.axis.size > 1
-
-
-def _sum_over(parameter: nn.Parameter) -> Axis | None:
-    axis = _spec(parameter).sum_over
-    return axis if axis is not None and axis.size > 1 else None
+    def _finish_partial_sums(self) -> None:
+        """Add up, on the shards, the gradients of which several ranks hold parts: the small ones in one message."""
+        small: dict[str, tuple[Axis, list[Tensor]]] = {}
+        for gradient, axis in self._partial_gradients:
+            if gradient.numel() > COALESCE:
+                sum_(gradient, axis)
+            else:
+                small.setdefault(axis.name, (axis, []))[1].append(gradient)
+        for axis, gradients in small.values():
+            total = sum_(torch.cat(gradients), axis)
+            for gradient, found in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(found)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pentode.optim.master import FlatGroup
+from pentode.optim.flat import Shard
 
 
 class SGD:
@@ -14,20 +14,18 @@ class SGD:
     updates  updates made so far, 0-d float32 on the device; a step that is not finite makes none
     """
 
-    def __init__(self, flat: Sequence[FlatGroup]) -> None:
-        self.updates = torch.zeros((), device=flat[0].weight.device)
-        self._flat = list(flat)
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.updates = torch.zeros((), device=shards[0].weight.device)
+        self._shards = list(shards)
 
     @torch.no_grad()
     def step(self, *, learning_rate: float, scale: Tensor, finite: Tensor) -> None:
         """One update with gradient * scale (0-d); where `finite` (0-d bool) is False, nothing changes."""
         self.updates += finite
-        for flat in self._flat:
-            buckets = zip(flat.layout.cut(flat.weight), flat.layout.cut(flat.gradient), strict=True)
-            for weight, gradient in buckets:  # so that temporaries are of one bucket
-                direction = (gradient.to(weight.dtype) * scale).add_(weight, alpha=flat.weight_decay)
-                torch.where(finite, weight - learning_rate * direction, weight, out=weight)
+        for shard in self._shards:  # one by one, so that temporaries are of one bucket
+            direction = (shard.gradient.to(shard.weight.dtype) * scale).add_(shard.weight, alpha=shard.weight_decay)
+            torch.where(finite, shard.weight - learning_rate * direction, shard.weight, out=shard.weight)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, list[Tensor]]:
         """Nothing is kept per parameter."""
         return {}

@@ -17,19 +17,32 @@ Init = Literal["normal", "residual", "ones", "zeros"]
 
 @dataclass(frozen=True)
 class Cut:
-    """`dim` is cut over `axis` piece by piece: of pieces (q, k, v) each rank holds a part of q, then of k, then of v.
+    """`dim` is cut over `axis` piece by piece: of pieces (q, k, v) each rank holds a part of q, then of k and of v.
 
-    The pieces' sizes add up to the global size along dim, or to more where that is padded at its end.
+    The pieces' sizes add up to the global size along dim, or to more where that is padded at its end. A piece may be in
+    fewer parts than there are ranks (key/value heads fewer than tp): `copies` has its axis of neighbouring ranks
+    that hold the same part, and None for the other pieces; empty means None for all.
     """
 
     dim: int
     axis: Axis
     pieces: tuple[int, ...]
+    copies: tuple[Axis | None, ...] = ()
 
     def __post_init__(self) -> None:
-        for piece in self.pieces:
-            if piece % self.axis.size:
+        for piece, copies in self.parts():
+            parts = self.axis.size // copies.size
+            if piece % parts:
                 raise ValueError(f"Cut: {self.axis.name}={self.axis.size} does not divide a piece of {piece}")
+
+    def parts(self) -> list[tuple[int, Axis]]:
+        """Each piece's global size, and the ranks that hold one part of it alike."""
+        copies = self.copies or (None,) * len(self.pieces)
+        return [(piece, axis or Axis("none")) for piece, axis in zip(self.pieces, copies, strict=True)]
+
+    def local_size(self) -> int:
+        """The size of this rank's tensor along dim, padding included."""
+        return sum(piece * copies.size // self.axis.size for piece, copies in self.parts())
 
 
 @dataclass(frozen=True)
@@ -51,15 +64,18 @@ class Box:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A parameter's global shape, its cut (None: every rank holds it whole), and how it starts.
+    """A parameter's global shape, its cut (None: not cut), who else holds the same, and how it starts.
 
-    `sum_over` names the axis over which this rank's gradient is a partial sum that someone must still add up; None
-    where the gradient is complete for the part held here. `init` "residual" is a projection back into the residual
-    stream, drawn narrower than "normal".
+    copies    the axis whose ranks hold this local tensor alike: tp for what is not cut over it, `ends` for an embedding
+              that first and last stage share; None where nobody does
+    sum_over  the axis over which this rank's gradient is a partial sum that the step must still add up; None where the
+              gradient is complete for the part held here. Of pieces with copies it is always partial, over those
+    init      "residual" is a projection back into the residual stream, drawn narrower than "normal"
     """
 
     global_shape: tuple[int, ...]
     cut: Cut | None = None
+    copies: Axis | None = None
     sum_over: Axis | None = None
     init: Init = "normal"
 
@@ -68,25 +84,44 @@ class ParamSpec:
         """The shape of this rank's tensor, padding included."""
         if self.cut is None:
             return self.global_shape
-        return _replace(self.global_shape, self.cut.dim, sum(self.cut.pieces) // self.cut.axis.size)
+        return _replace(self.global_shape, self.cut.dim, self.cut.local_size())
 
     def boxes(self) -> list[Box]:
         """Which boxes of the global tensor this rank holds, in local order; they cover the local tensor but padding."""
+        return [box for box, _ in self._held()]
+
+    def owned(self) -> list[Box]:
+        """The boxes that this rank counts, saves and sums as its own.
+
+        Of all ranks that hold one copy of the model together, each element of the global tensor has exactly one owner:
+        the first of those that hold it.
+        """
+        if self.copies is not None and self.copies.rank > 0:
+            return []
+        return [box for box, copies in self._held() if copies.rank == 0]
+
+    def partial(self) -> list[tuple[Box, Axis]]:
+        """The boxes whose gradient is a partial sum, each with the axis over which it is one."""
+        held = [(box, self.sum_over or copies) for box, copies in self._held()]
+        return [(box, axis) for box, axis in held if axis.size > 1]
+
+    def _held(self) -> list[tuple[Box, Axis]]:
+        """This rank's boxes, each with the ranks that hold the same part of its piece."""
         origin = (0,) * len(self.global_shape)
         if self.cut is None:
-            return [Box(origin, origin, self.global_shape)]
+            return [(Box(origin, origin, self.global_shape), Axis("none"))]
         dim, axis = self.cut.dim, self.cut.axis
-        boxes, global_at, local_at = [], 0, 0
-        for piece in self.cut.pieces:
-            part = piece // axis.size
-            start = global_at + axis.rank * part
+        found, global_at, local_at = [], 0, 0
+        for piece, copies in self.cut.parts():
+            part = piece * copies.size // axis.size
+            start = global_at + axis.rank // copies.size * part
             held = min(part, self.global_shape[dim] - start)  # less than part, or nothing, where padding begins
             if held > 0:
                 shape = _replace(self.global_shape, dim, held)
-                boxes.append(Box(_replace(origin, dim, start), _replace(origin, dim, local_at), shape))
+                found.append((Box(_replace(origin, dim, start), _replace(origin, dim, local_at), shape), copies))
             global_at += piece
             local_at += part
-        return boxes
+        return found
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's part of a global tensor, its padding zero."""

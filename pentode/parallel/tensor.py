@@ -4,7 +4,9 @@ T tokens of the micro-batch. Under sequence parallelism the activations between 
 and each layer joins or cuts them itself; the docstrings give the plain form first, that form after a bar.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +17,50 @@ from pentode.dist.mesh import Axis
 from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
-    """Where a layer's weights live: cut over which axis, on which device, in which dtype."""
+    """Where a stage's layers keep their weights: cut over which axis, on which device, in which dtype.
+
+    tp_kv         the neighbouring tp ranks that hold one key/value head together, where there are fewer than tp
+    gather_again  under sequence parallelism, layers keep their input's shard and gather it again in backward
+    overlap       layers communicate while they multiply
+    """
 
     tp: Axis
     device: torch.device
     dtype: torch.dtype
+    tp_kv: Axis = field(default_factory=lambda: Axis("tp_kv"))
     sequence_parallel: bool = False
+    gather_again: bool = False
+    overlap: bool = False
 
-    def parameter(self, *shape: int, cut: Cut | None = None, init: Init = "normal") -> nn.Parameter:
-        """A parameter of this global shape, cut over tp and used on all tokens: its gradient is complete."""
-        return parameter(ParamSpec(shape, cut, init=init), device=self.device, dtype=self.dtype)
+    def parameter(
+        self, *shape: int, cut: Cut | None = None, init: Init = "normal", shared_with: Axis | None = None
+    ) -> nn.Parameter:
+        """A parameter of this global shape, cut over tp and used on all tokens: its gradient is complete.
+
+        But for pieces with copies, and for what the ranks of an axis `shared_with` each hold and use in another place:
+        there it is a partial sum.
+        """
+        spec = ParamSpec(shape, cut, copies=shared_with, sum_over=shared_with, init=init)
+        return parameter(spec, device=self.device, dtype=self.dtype)
 
     def replicated(self, *shape: int, init: Init = "normal") -> nn.Parameter:
         """A parameter that every rank of tp holds whole and uses between the cut layers.
 
         There, under sequence parallelism, each rank sees 1/tp of the tokens: its gradient is a partial sum over tp.
         """
-        spec = ParamSpec(shape, sum_over=self.tp if self.sequence_parallel else None, init=init)
+        spec = ParamSpec(shape, copies=self.tp, sum_over=self.tp if self.sequence_parallel else None, init=init)
         return parameter(spec, device=self.device, dtype=self.dtype)
+
+    @contextmanager
+    def without_sequence_parallelism(self) -> Iterator[None]:
+        """For a while, activations are whole everywhere: the one token that generation reads cannot be cut."""
+        before, self.sequence_parallel = self.sequence_parallel, False
+        try:
+            yield
+        finally:
+            self.sequence_parallel = before
 
     def enter(self, x: Tensor) -> Tensor:
         """All tokens [T, D], from activations between cut layers, for a layer whose outputs are cut.
@@ -67,15 +93,24 @@ class ColumnLinear(nn.Module):
         group     tp
         forward   nothing                  | all-gather of x along T
         backward  all-reduce of x's grad   | reduce-scatter of x's grad along T
-        gradient  of x: complete; of weight and bias: complete for the part held here
+        gradient  of x: complete; of weight and bias: complete for the part held here, but of pieces with copies:
+                  partial over those, summed by the step
     Keeps all of x for backward.
     """
 
-    def __init__(self, d_in: int, pieces: tuple[int, ...], *, place: Place, bias: bool = False) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        pieces: tuple[int, ...],
+        *,
+        place: Place,
+        bias: bool = False,
+        copies: tuple[Axis | None, ...] = (),
+    ) -> None:
+        """`copies` has, for each piece that is cut into fewer parts than tp, the ranks that hold one part alike."""
         super().__init__()
         self.place = place
-        self.local_pieces = tuple(piece // place.tp.size for piece in pieces)
-        cut, d_out = Cut(0, place.tp, pieces), sum(pieces)
+        cut, d_out = Cut(0, place.tp, pieces, copies), sum(pieces)
         self.weight = place.parameter(d_out, d_in, cut=cut)
         self.bias = place.parameter(d_out, cut=cut, init="zeros") if bias else None
 
@@ -116,14 +151,17 @@ class VocabTable(nn.Module):
 
     The rows are padded at their end, to a multiple of tp and of what suits the hardware; padding is zero, counts
     nowhere and is never saved. An output layer is just such a table: `vocab_loss` and `vocab_logits` multiply by it.
+
+    A table that serves as embedding on one pipeline stage and as output layer on another is held by both ranks of the
+    axis `shared_with`: each one's gradient is a partial sum over the two, which the step adds up.
     """
 
-    def __init__(self, vocab_size: int, d: int, *, padded: int, place: Place) -> None:
+    def __init__(self, vocab_size: int, d: int, *, padded: int, place: Place, shared_with: Axis | None = None) -> None:
         super().__init__()
         if padded < vocab_size:
             raise ValueError(f"VocabTable: padded to {padded} rows, fewer than the vocabulary's {vocab_size}")
         self.place = place
-        self.weight = place.parameter(vocab_size, d, cut=Cut(0, place.tp, (padded,)))
+        self.weight = place.parameter(vocab_size, d, cut=Cut(0, place.tp, (padded,)), shared_with=shared_with)
         rows = self.weight.shape[0]
         held = min(max(vocab_size - place.tp.rank * rows, 0), rows)
         self.weight.data[held:].zero_()  # neither initialisation nor a checkpoint fills what belongs to nobody
@@ -139,7 +177,7 @@ class VocabEmbedding(VocabTable):
     group     tp
     forward   all-reduce of y          | reduce-scatter of y along T
     backward  nothing                  | all-gather of y's grad along T
-    gradient  of weight: complete for the rows held here
+    gradient  of weight: complete for the rows held here; of a table `shared_with` others: partial over those
     """
 
     def forward(self, tokens: Tensor) -> Tensor:

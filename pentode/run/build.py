@@ -1,6 +1,7 @@
 """Config -> Run: everything that a step touches, built once."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,8 +10,10 @@ from pentode import device as devices
 from pentode import log
 from pentode.config.kinds.init import RandomInit
 from pentode.config.schema import Config
+from pentode.dist.collectives import gather_objects
 from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
+from pentode.dist.p2p import connect
 from pentode.errors import ConfigError
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
@@ -18,9 +21,12 @@ from pentode.nn.init import initialise
 from pentode.optim.groups import weight_decay_groups
 from pentode.optim.master import MasterWeights
 from pentode.optim.registry import Optimizer, build_optimizer
-from pentode.parallel.pipeline.schedules import Action, one_stage
+from pentode.parallel.pipeline.partition import stage_layers
+from pentode.parallel.pipeline.runner import Pipeline
+from pentode.parallel.pipeline.schedules import make_schedule
 from pentode.parallel.spec import specs_of
-from pentode.run.compiled import compile_blocks
+from pentode.run.agree import check_agreement
+from pentode.run.compiled import prepare_blocks
 from pentode.run.feed import Feed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -40,8 +46,8 @@ class Run:
     mesh: Mesh
     device: torch.device
     feed: Feed
+    pipeline: Pipeline
     stages: dict[int, CausalLM]
-    program: list[Action]
     master: MasterWeights
     optimizer: Optimizer
     healthy: torch.Tensor
@@ -60,24 +66,37 @@ def build(config: Config, world: World, *, first_step: int) -> Run:
     device = devices.pick(config.general.device, local_rank=world.local_rank)
     if config.general.deterministic:
         devices.be_deterministic()
-    p = config.parallelism
-    mesh = Mesh.build(pp=p.pp, dp=p.dp, cp=p.context_parallel_size, tp=p.tp) if world.size > 1 else Mesh.single()
+    mesh = build_mesh(config) if world.size > 1 else Mesh.single()
+    check_agreement(config, mesh.world)
     feed = Feed(config, mesh, device)
     config = _with_vocabulary(config, feed, first_step)
     log.info("Building model..")
     log.info("Setting PP block ranks...")
-    model = build_model(config, mesh, device)
-    _log_size(model, config, device)
-    return assemble(config, world, mesh, device, feed, model)
+    stages = build_stages(config, mesh, device)
+    _log_size(stages, config, device)
+    return assemble(config, world, mesh, device, feed, stages)
 
 
-def assemble(config: Config, world: World, mesh: Mesh, device: torch.device, feed: Feed, model: CausalLM) -> Run:
-    """A Run around a model, whose values the master weights take over."""
-    parameters = dict(model.named_parameters())
+def build_mesh(config: Config) -> Mesh:
+    """The grid of the processes that there are; every rank must call."""
+    p, kv_heads = config.parallelism, config.model.model_config.kv_heads
+    return Mesh.build(pp=p.pp, dp=p.dp, cp=p.context_parallel_size, tp=p.tp, kv_copies=max(1, p.tp // kv_heads))
+
+
+def assemble(
+    config: Config, world: World, mesh: Mesh, device: torch.device, feed: Feed, stages: dict[int, CausalLM]
+) -> Run:
+    """A Run around a model's stages, whose values the master weights take over."""
+    p, o = config.parallelism, config.optimizer
+    schedule = make_schedule(
+        p.pp_engine,
+        pp=mesh.pp.size,
+        micro_batches=config.tokens.batch_accumulation_per_replica,
+        stages_per_rank=p.stages_per_rank,
+    )
+    parameters = {name: parameter for stage in stages.values() for name, parameter in stage.named_parameters()}
     groups = weight_decay_groups(
-        parameters,
-        weight_decay=config.optimizer.weight_decay,
-        exclude=config.optimizer.weight_decay_exclude_named_params,
+        names_of_model(stages, mesh), weight_decay=o.weight_decay, exclude=o.weight_decay_exclude_named_params
     )
     dtype = DTYPES[config.model.dtype]
     master = MasterWeights(
@@ -85,19 +104,25 @@ def assemble(config: Config, world: World, mesh: Mesh, device: torch.device, fee
         groups=groups,
         data=mesh.data,
         bucket_bytes=config.model.ddp_bucket_cap_mb * MIB,
-        accumulate_in=torch.promote_types(dtype, torch.float32) if config.optimizer.accumulate_grad_in_fp32 else dtype,
+        accumulate_in=torch.promote_types(dtype, torch.float32) if o.accumulate_grad_in_fp32 else dtype,
+        zero_stage=o.zero_stage,
     )
-    optimizer = build_optimizer(config.optimizer.optimizer_factory, master.flat)
-    if compile_blocks([model], mode=config.model.compile, device=device):
+    for stage in stages.values():
+        stage.before_use = master.wait_for
+    optimizer = build_optimizer(o.optimizer_factory, master.shards)
+    if prepare_blocks(stages.values(), config, device=device):
         log.info("Compiling each kind of block once; the first step takes longer")
-    program = one_stage(config.tokens.batch_accumulation_per_replica)
+    pipeline = Pipeline(stages, schedule, connect(mesh.pp, device=device))
     healthy = torch.ones((), dtype=torch.bool, device=device)
-    return Run(config, world, mesh, device, feed, {0: model}, program, master, optimizer, healthy)
+    return Run(config, world, mesh, device, feed, pipeline, stages, master, optimizer, healthy)
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device) -> CausalLM:
-    """The model that the config describes, its weights not yet filled."""
-    shape = config.model.model_config
+def build_stages(config: Config, mesh: Mesh, device: torch.device, *, training: bool = True) -> dict[int, CausalLM]:
+    """The stages of the model that this rank holds, by number, their weights not yet filled.
+
+    Those for generation (not `training`) leave sequence parallelism out: one token cannot be cut.
+    """
+    shape, p = config.model.model_config, config.parallelism
     padded = padded_vocabulary(shape.vocab_size, config.model.make_vocab_size_divisible_by * mesh.tp.size)
     if padded != shape.vocab_size:
         added = padded - shape.vocab_size
@@ -105,40 +130,59 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> CausalLM:
             f"[Vocab Size Padding] Padded vocab (size: {shape.vocab_size}) with {added} dummy tokens "
             f"(new size: {padded})"
         )
-    model = model_for(shape).build(
-        shape,
-        mesh,
-        Part(range(shape.num_layers), first=True, last=True),
-        device=device,
-        dtype=DTYPES[config.model.dtype],
-        vocab_size_padded=padded,
-        seed=config.general.seed,
-    )
-    return model.train()
+    options: dict[str, bool] = {}
+    if training and mesh.tp.size > 1:
+        options = {
+            "sequence_parallel": p.tp_mode == "REDUCE_SCATTER",
+            "gather_again": p.tp_recompute_allgather,
+            "overlap": p.tp_linear_async_communication,
+        }
+    count = mesh.pp.size * (p.stages_per_rank if mesh.pp.size > 1 else 1)
+    layers = stage_layers(shape, stages=count, sequence_length=config.tokens.sequence_length)
+    return {
+        number: model_for(shape)
+        .build(
+            shape,
+            mesh,
+            Part(layers[number], first=number == 0, last=number == count - 1),
+            device=device,
+            dtype=DTYPES[config.model.dtype],
+            vocab_size_padded=padded,
+            seed=config.general.seed,
+            **options,
+        )
+        .train(training)
+        for number in range(mesh.pp.rank, count, mesh.pp.size)
+    }
+
+
+def names_of_model(stages: Mapping[int, CausalLM], mesh: Mesh) -> list[str]:
+    """The names of all parameters of the whole model, of all pipeline ranks, in the model's order of stages."""
+    own = [(number, [name for name, _ in stage.named_parameters()]) for number, stage in stages.items()]
+    by_stage = sorted(pair for pairs in gather_objects(own, mesh.pp) for pair in pairs)
+    return list(dict.fromkeys(name for _, names in by_stage for name in names))
 
 
 def initialise_weights(run: Run) -> None:
-    """Fill the master weights with the config's random numbers, the same in every layout, and publish them."""
+    """Fill the weights with the config's random numbers, the same in every layout."""
     log.info("Parametrizing model parameters using StandardParametrizator")
-    _fill(run.master.weights, run.config, run.stages[0])
-    run.master.publish()
+    for stage in run.stages.values():
+        for name, values in initial_weights(run.config, stage):
+            run.master.set(name, values)
 
 
-def initial_weights(config: Config, model: CausalLM) -> dict[str, torch.Tensor]:
-    """The weights that a run of this config begins with, by name, in at least float32."""
-    wide = torch.promote_types(DTYPES[config.model.dtype], torch.float32)
-    weights = {name: torch.empty_like(parameter, dtype=wide) for name, parameter in model.named_parameters()}
-    _fill(weights, config, model)
-    return weights
-
-
-def _fill(weights: dict[str, torch.Tensor], config: Config, model: CausalLM) -> None:
+def initial_weights(config: Config, model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a run of this config begins with, in at least float32, one at a time with its name."""
     method = config.model.init_method
     if not isinstance(method, RandomInit):
         raise ConfigError([f"model.init_method: {type(method).__name__} is not built yet; use std"])
     layers = config.model.model_config.num_layers
     residual = method.std / math.sqrt(2 * layers) if method.scaling_method == "NUM_LAYERS" else method.std
-    initialise(weights, specs_of(model), std=method.std, residual_std=residual, seed=config.general.seed)
+    specs, seed = specs_of(model), config.general.seed
+    for name, parameter in model.named_parameters():
+        values = torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        initialise({name: values}, specs, std=method.std, residual_std=residual, seed=seed)
+        yield name, values
 
 
 def padded_vocabulary(vocab_size: int, multiple: int) -> int:
@@ -169,10 +213,10 @@ def _with_vocabulary(config: Config, feed: Feed, first_step: int) -> Config:
     return config
 
 
-def _log_size(model: CausalLM, config: Config, device: torch.device) -> None:
+def _log_size(stages: Mapping[int, CausalLM], config: Config, device: torch.device) -> None:
     item = DTYPES[config.model.dtype].itemsize
     total = config.model.model_config.parameter_count()
-    local = sum(parameter.numel() for parameter in model.parameters())
+    local = sum(parameter.numel() for stage in stages.values() for parameter in stage.parameters())
     log.info(f"Total number of parameters: {log.human(total)} ({total * item / MIB:.2f}MiB)")
     log.info(f"Local number of parameters: {log.human(local)} ({local * item / MIB:.2f}MiB)")
     memory = devices.memory(device)

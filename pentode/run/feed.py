@@ -100,7 +100,7 @@ class Feed:
 
     def _open_in_turn(self, stage: Stage) -> StageData:
         """First on one rank, which prepares and keeps what the others then only read."""
-        first = self.mesh.data.rank == 0
+        first = self.mesh.world.rank == 0
         if not first:
             wait_for_all()
         opened = self._open(stage)

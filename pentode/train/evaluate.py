@@ -1,6 +1,7 @@
 """The validation loss: mean over all valid tokens of the held-out micro-batches."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 
@@ -12,10 +13,19 @@ from pentode.run.build import Run
 @torch.no_grad()
 def validation_loss(run: Run, batches: Iterable[Batch]) -> float | None:
     """Mean loss over `batches` without dropout, which changes nothing in the run; None where there is no batch."""
-    model = run.stages[0].eval()
-    found = [(model(None, batch), batch.valid()) for batch in batches]
-    model.train()
+    mesh, together = run.mesh, run.config.tokens.batch_accumulation_per_replica
+    one = torch.ones((), dtype=run.loss_dtype, device=run.device)
+    loss, tokens = torch.zeros_like(one), torch.zeros((), dtype=torch.int64, device=run.device)
+    found, left = 0, iter(batches)
+    for stage in run.stages.values():
+        stage.eval()
+    while some := list(islice(left, together)):  # as many as a step has fill a pipeline as a step does
+        loss += run.pipeline.forward(some, scale=one)
+        tokens += torch.stack([batch.valid() for batch in some]).sum()
+        found += len(some)
+    for stage in run.stages.values():
+        stage.train()
     if not found:
         return None
-    loss, tokens = (torch.stack(numbers).sum() for numbers in zip(*found, strict=True))
-    return (collectives.sum_(loss, run.mesh.data) / collectives.sum_(tokens, run.mesh.data)).item()
+    loss = collectives.sum_(loss * (mesh.tp.rank == 0), mesh.world)
+    return (loss / collectives.sum_(tokens, mesh.data)).item()

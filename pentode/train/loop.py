@@ -49,7 +49,7 @@ def train(
         save()
     journal.meter.start()
     while state.step < last:
-        if stop.asked_anywhere(run.mesh.data, now=records_are_due(run, state.step)):
+        if stop.asked_anywhere(run.mesh.world, now=records_are_due(run, state.step)):
             if state.step > 0:
                 save()
             raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")
@@ -84,7 +84,7 @@ def one_step(run: Run, state: TrainState) -> Done:
 
 def validate(run: Run, state: TrainState, stop: StopSignal) -> float | None:
     """The validation loss after `state.step`; None if a signal came meanwhile, which does not wait for it to end."""
-    alone = run.mesh.data.size == 1  # several ranks could not agree in the middle of it
+    alone = run.mesh.world.size == 1  # several ranks could not agree in the middle of it
     batches = takewhile(lambda _: not (alone and stop.asked), run.feed.validation(state.step))
     loss = validation_loss(run, batches)
     return None if alone and stop.asked else loss

@@ -43,16 +43,16 @@ class StopSignal:
         finally:
             self.patient = False
 
-    def asked_anywhere(self, data: Axis, *, now: bool) -> bool:
+    def asked_anywhere(self, world: Axis, *, now: bool) -> bool:
         """Whether any rank was asked to stop; with several ranks they agree on that where `now`, and else go on.
 
         A signal reaches ranks at different steps, and none may leave the others in a collective.
         """
-        if data.size == 1:
+        if world.size == 1:
             return self.asked is not None
         if not now:
             return False
-        number = collectives.max_(torch.tensor(self.asked or 0, device=self.device), data).item()
+        number = collectives.max_(torch.tensor(self.asked or 0, device=self.device), world).item()
         if number:  # never back to None: a signal may have come since this rank looked
             self.asked = signal.Signals(number)
         return number != 0

@@ -16,6 +16,7 @@ from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
 from pentode.dist.collectives import wait_for_all
+from pentode.dist.mesh import coordinates
 from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
 from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
@@ -48,8 +49,15 @@ def start(
     if found:
         raise ConfigError(found)
     device = devices.pick(config.general.device, local_rank=here.local_rank)
+    p = config.parallelism
+    place = coordinates(here.rank, pp=p.pp, dp=p.dp, cp=p.context_parallel_size, tp=p.tp)
     log.setup(
-        rank=here.rank, dp=here.rank, level=config.logging.log_level, replica_level=config.logging.log_level_replica
+        rank=here.rank,
+        dp=place["dp"],
+        pp=place["pp"],
+        tp=place["tp"],
+        level=config.logging.log_level,
+        replica_level=config.logging.log_level_replica,
     )
     launch.connect(here, backend=devices.backend(device), device=device)
     root = config.checkpoints.checkpoints_path

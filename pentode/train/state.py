@@ -11,10 +11,10 @@ from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import Checkpoint
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
-from pentode.dist.collectives import wait_for_all
 from pentode.errors import CheckpointError
-from pentode.parallel.spec import ParamSpec, specs_of
-from pentode.run.build import Run
+from pentode.parallel.shards import pieces_of_range
+from pentode.parallel.spec import specs_of
+from pentode.run.build import Run, names_of_model
 from pentode.version import VERSION
 
 
@@ -46,12 +46,7 @@ class TrainState:
 
 def save_state(run: Run, state: TrainState, root: Path) -> None:
     """Write a checkpoint of the run as it stands after `state.step` updates; every rank returns when it is there."""
-    if run.world.rank == 0:
-        _write(run, state, root)
-    wait_for_all()
-
-
-def _write(run: Run, state: TrainState, root: Path) -> None:
+    run.master.wait_for()
     general = replace(run.config.general, step=state.step, consumed_train_samples=state.consumed_samples)
     files = {"config.yaml": to_yaml(replace(run.config, general=general)).encode()}
     if run.feed.tokenizer is not None:
@@ -59,29 +54,33 @@ def _write(run: Run, state: TrainState, root: Path) -> None:
     save(
         root,
         step=state.step,
-        groups={"weights": _weights(run), "optimizer": _optimizer(run)},
+        groups={"weights": _weights(run, owned=True), "optimizer": _optimizer(run, owned=True)},
         state={
             "train": asdict(state),
             "updates": int(run.optimizer.updates),
             "versions": {"pentode": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         },
         files=files,
+        world=run.mesh.world,
     )
 
 
 def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts: bool = True) -> TrainState:
-    """Read a checkpoint into the run.
+    """Read a checkpoint into the run, whatever layout wrote it.
 
     Without `optimizer` only the weights are taken, as the model held them; without `counts` the run starts at step 1 of
     its schedule and data.
     """
     log.info(f"Loading weights from {checkpoint.folder}")
+    names = names_of_model(run.stages, run.mesh)
+    checkpoint.read("weights", _weights(run, owned=False), names=names)
     if optimizer:
-        checkpoint.read("weights", _weights(run))
-        checkpoint.read("optimizer", _optimizer(run))
+        kinds = _kinds(run)
+        checkpoint.read(
+            "optimizer", _optimizer(run, owned=False), names=[f"{k}/{name}" for k in kinds for name in names]
+        )
         run.optimizer.updates.fill_(checkpoint.state["updates"])
     else:
-        checkpoint.read("weights", _weights(run))
         run.master.adopt_weights()
     return TrainState(**checkpoint.state["train"]) if counts else TrainState()
 
@@ -102,26 +101,32 @@ def check_data(run: Run, state: TrainState) -> None:
         )
 
 
-def _saved(tensor: torch.Tensor, spec: ParamSpec) -> Saved:
-    return Saved(tensor, spec.global_shape, spec.boxes())
-
-
-def _weights(run: Run) -> dict[str, Saved]:
+def _weights(run: Run, *, owned: bool) -> dict[str, Saved]:
+    """The model's weights that this rank holds, or of all that it holds alike with others, only what it writes."""
+    if owned and run.mesh.data.rank > 0:
+        return {}
     return {
-        name: _saved(parameter.detach(), parameter.spec)
-        for model in run.stages.values()
-        for name, parameter in model.named_parameters()
+        name: Saved.of(parameter.detach(), spec.global_shape, spec.owned() if owned else spec.boxes())
+        for stage in run.stages.values()
+        for (name, parameter), spec in zip(stage.named_parameters(), specs_of(stage).values(), strict=True)
     }
 
 
-def _optimizer(run: Run) -> dict[str, Saved]:
-    """fp32 masters (where they are not the weights themselves) and the optimizer's own tensors, by kind and name."""
-    specs = {name: spec for model in run.stages.values() for name, spec in specs_of(model).items()}
+def _optimizer(run: Run, *, owned: bool) -> dict[str, Saved]:
+    """What this rank steps: masters, where they are not the weights themselves, and the optimizer's own tensors."""
+    if owned and not run.master.sharded and run.mesh.data.rank > 0:
+        return {}
+    specs = {name: spec for stage in run.stages.values() for name, spec in specs_of(stage).items()}
     found = {}
-    if not run.master.shares_storage:
-        for name, tensor in run.master.weights.items():
-            found[f"master/{name}"] = _saved(tensor, specs[name])
-    for name, tensors in run.optimizer.state().items():
-        for kind, tensor in tensors.items():
-            found[f"{kind}/{name}"] = _saved(tensor, specs[name])
+    for kind, tensors in _kinds(run).items():
+        for name, parts in run.master.by_name(tensors).items():
+            spec = specs[name]
+            pieces = [piece for start, flat in parts for piece in pieces_of_range(spec, flat, start, owned=owned)]
+            found[f"{kind}/{name}"] = Saved(spec.global_shape, pieces)
     return found
+
+
+def _kinds(run: Run) -> dict[str, list[torch.Tensor]]:
+    """The tensors beside the shards, by the name of their kind."""
+    masters = {} if run.master.shares_storage else {"master": [shard.weight for shard in run.master.shards]}
+    return masters | run.optimizer.state()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from pentode.dist import collectives
-from pentode.dist.mesh import Axis
-from pentode.optim.clip import clip_scale, gradient_norm
+from pentode.dist.mesh import Axis, Mesh
+from pentode.optim import clip
 from pentode.parallel.batch import Batch
-from pentode.parallel.pipeline.runner import run_program
 from pentode.run.build import Run
+from pentode.train.sanity import check_batches, check_gradients, check_weights
 
 
 @dataclass
@@ -31,18 +31,32 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
 
     A step whose loss or norm is not finite changes nothing, nor does any step after it (`Run.healthy`).
     """
+    check_batches(run, batches)
     tokens = valid_tokens(batches, run.mesh.data)
     run.master.start_step(len(batches))
-    loss = run_program(run.program, run.stages, batches, scale=1 / tokens.to(run.loss_dtype))
+    loss = run.pipeline.forward_backward(batches, scale=1 / tokens.to(run.loss_dtype))
     run.master.finish_gradients()
+    check_gradients(run)
 
-    loss = collectives.sum_(loss, run.mesh.data)
-    norm = gradient_norm(run.master, run.mesh)
+    loss, squared_norm = world_sums(loss, clip.squared_norm(run.master), run.mesh)
+    norm = squared_norm.sqrt()
     run.healthy &= torch.isfinite(loss) & torch.isfinite(norm)
-    scale = clip_scale(norm, run.config.optimizer.clip_grad)
+    scale = clip.clip_scale(norm, run.config.optimizer.clip_grad)
     run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy)
     run.master.publish()
+    check_weights(run)
     return StepResult(loss, norm)
+
+
+def world_sums(loss: Tensor, squared_norm: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """The sums of all ranks' parts of the loss and of the squared norm, 0-d, in one message.
+
+    The ranks of tp hold the same loss: the first one's counts.
+    """
+    wide = torch.promote_types(loss.dtype, squared_norm.dtype)
+    both = torch.stack([loss.to(wide) * (mesh.tp.rank == 0), squared_norm.to(wide)])
+    total, square = collectives.sum_(both, mesh.world)
+    return total.to(loss.dtype), square.to(squared_norm.dtype)
 
 
 def valid_tokens(batches: Sequence[Batch], data: Axis) -> Tensor:

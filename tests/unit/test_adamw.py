@@ -13,6 +13,7 @@ from pentode.optim.groups import Group
 from pentode.optim.master import MasterWeights
 from pentode.optim.registry import build_optimizer
 from pentode.parallel.spec import ParamSpec, parameter
+from tests.helpers.masters import weights, whole
 
 SHAPES = {"embed.weight": (7, 5), "layers.0.w": (31, 9), "layers.0.bias": (31,), "layers.1.w": (3, 3, 3)}
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
@@ -39,7 +40,7 @@ def make(
         bucket_bytes=100,
         accumulate_in=accumulate_in or torch.promote_types(dtype, torch.float32),
     )
-    return master, AdamW(master.flat, betas=BETAS, eps=EPS, use_fused=use_fused)
+    return master, AdamW(master.shards, betas=BETAS, eps=EPS, use_fused=use_fused)
 
 
 def give(master: MasterWeights, *, seed: int) -> None:
@@ -49,8 +50,8 @@ def give(master: MasterWeights, *, seed: int) -> None:
 
 
 def snapshot(master: MasterWeights, optimizer: AdamW) -> list[torch.Tensor]:
-    tensors = [flat.weight for flat in master.flat] + [optimizer.updates]
-    tensors += [t for moments in optimizer.state().values() for t in moments.values()]
+    tensors = [shard.weight for shard in master.shards] + [optimizer.updates]
+    tensors += [t for moments in optimizer.state().values() for t in moments]
     return [t.clone() for t in tensors]
 
 
@@ -59,7 +60,7 @@ def snapshot(master: MasterWeights, optimizer: AdamW) -> list[torch.Tensor]:
 def test_equals_torch_with_scaled_gradients_and_decay_groups(dtype: torch.dtype, use_fused: bool) -> None:
     master, optimizer = make(dtype, use_fused=use_fused)
     assert optimizer.fused == use_fused
-    theirs = {name: torch.nn.Parameter(w.detach().clone()) for name, w in master.weights.items()}
+    theirs = {name: torch.nn.Parameter(w.detach().clone()) for name, w in weights(master).items()}
     reference = torch.optim.AdamW(
         [
             {"params": [p for name, p in theirs.items() if "bias" not in name], "weight_decay": DECAY},
@@ -79,13 +80,11 @@ def test_equals_torch_with_scaled_gradients_and_decay_groups(dtype: torch.dtype,
         optimizer.step(learning_rate=0.1 / (step + 1), scale=scale, finite=YES)
     assert optimizer.updates == 20
     for name, p in theirs.items():
-        torch.testing.assert_close(master.weights[name], p.detach())
-        for kind, moment in optimizer.state()[name].items():
-            torch.testing.assert_close(moment, reference.state[p][kind])
-    for flat in master.flat:  # padding stays zero
-        assert torch.count_nonzero(flat.weight) == sum(
-            torch.count_nonzero(v) for v in flat.layout.views(flat.weight).values()
-        )
+        torch.testing.assert_close(weights(master)[name], p.detach())
+        for kind, moments in optimizer.state().items():
+            torch.testing.assert_close(whole(master, moments)[name], reference.state[p][kind])
+    held = sum(torch.count_nonzero(shard.weight) for shard in master.shards)
+    assert held == sum(torch.count_nonzero(w) for w in weights(master).values())  # padding stays zero
 
 
 @pytest.mark.parametrize("use_fused", [True, False])
@@ -122,8 +121,8 @@ def test_gradients_in_bfloat16_step_float32_masters(use_fused: bool) -> None:
             wide.gradients[name].copy_(gradient)
         for optimizer in (narrow_optimizer, wide_optimizer):
             optimizer.step(learning_rate=0.01, scale=torch.tensor(0.5), finite=YES)
-    for name, weight in wide.weights.items():
-        torch.testing.assert_close(narrow.weights[name], weight)
+    for name, weight in weights(wide).items():
+        torch.testing.assert_close(weights(narrow)[name], weight)
 
 
 @pytest.mark.parametrize("use_fused", [True, False])
@@ -134,11 +133,11 @@ def test_writing_the_state_back_continues_bit_for_bit(use_fused: bool) -> None:
         give(master, seed=step)
         optimizer.step(learning_rate=0.1, scale=ONE, finite=YES)
     restored.updates.fill_(int(optimizer.updates))
-    for name, tensors in optimizer.state().items():
-        other.weights[name].data.copy_(master.weights[name].data)
-        for kind, tensor in tensors.items():
-            assert tensor.shape == SHAPES[name]
-            restored.state()[name][kind].copy_(tensor)
+    for ours, theirs in zip(master.shards, other.shards, strict=True):
+        theirs.weight.copy_(ours.weight)
+    for kind, tensors in optimizer.state().items():
+        for tensor, into in zip(tensors, restored.state()[kind], strict=True):
+            into.copy_(tensor)
     for m, o in ((master, optimizer), (other, restored)):
         give(m, seed=3)
         o.step(learning_rate=0.1, scale=ONE, finite=YES)
@@ -150,7 +149,7 @@ def test_the_registry_reads_the_config() -> None:
     master, _ = make(torch.float32, use_fused=False)
     for wanted in (True, False):
         args = AdamWOptimizerArgs(adam_eps=1e-7, adam_beta1=0.8, adam_beta2=0.99, torch_adam_is_fused=wanted)
-        optimizer = build_optimizer(args, master.flat)
+        optimizer = build_optimizer(args, master.shards)
         assert isinstance(optimizer, AdamW)
         assert (optimizer.betas, optimizer.eps, optimizer.fused) == ((0.8, 0.99), 1e-7, wanted)
 

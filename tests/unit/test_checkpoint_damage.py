@@ -263,7 +263,7 @@ def test_a_header_that_contradicts_itself_is_refused(table: dict[str, object]) -
 def test_the_header_that_those_are_variants_of_is_accepted() -> None:
     table = {"w@3,1": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}
     (entry,) = parse_header(json.dumps(METADATA | table).encode(), data_size=8)
-    assert (entry.name, entry.global_shape, entry.box.global_start, entry.key) == ("w", (4, 3), (3, 1), "w@3,1")
+    assert (entry.name, entry.global_shape, entry.block.start, entry.key) == ("w", (4, 3), (3, 1), "w@3,1")
 
 
 STATES = {"NaN": b'{"step": NaN}', "twice": b'{"step": 1, "step": 2}', "a list": b"[]", "deep": b"[" * 100_000}

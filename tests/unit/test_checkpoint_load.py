@@ -122,9 +122,9 @@ def test_any_cut_is_read_back_into_any_other(tmp_path_factory: pytest.TempPathFa
         box.of_local(there).copy_(box.of_global(whole))
     here = torch.full(ours, -1.0)
     folder = save(
-        tmp_path_factory.mktemp("run"), step=1, groups={"weights": {"w": Saved(there, shape, boxes)}}, state={}
+        tmp_path_factory.mktemp("run"), step=1, groups={"weights": {"w": Saved.of(there, shape, boxes)}}, state={}
     )
-    open_checkpoint(folder).read("weights", {"w": Saved(here, shape, wanted)})
+    open_checkpoint(folder).read("weights", {"w": Saved.of(here, shape, wanted)})
     found = torch.full(shape, -2.0)
     for box in wanted:
         box.of_global(found).copy_(box.of_local(here))
@@ -133,7 +133,7 @@ def test_any_cut_is_read_back_into_any_other(tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_box_that_is_not_the_whole_tensor_says_where_it_stands(tmp_path: Path) -> None:
-    part = Saved(torch.ones(2, 3), (4, 3), [Box((2, 0), (0, 0), (2, 3))])
+    part = Saved((4, 3), [((2, 0), torch.ones(2, 3))])
     folder = save(tmp_path, step=1, groups={"weights": {"w": part}}, state={})
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         assert list(file.keys()) == ["w@2,0"]
@@ -141,7 +141,7 @@ def test_a_box_that_is_not_the_whole_tensor_says_where_it_stands(tmp_path: Path)
 
 
 def test_a_tensor_of_which_a_part_is_missing_is_not_loaded(tmp_path: Path) -> None:
-    part = Saved(torch.ones(2, 3), (4, 3), [Box((2, 0), (0, 0), (2, 3))])
+    part = Saved((4, 3), [((2, 0), torch.ones(2, 3))])
     folder = save(tmp_path, step=1, groups={"weights": {"w": part}}, state={})
     with pytest.raises(CheckpointError, match=r"checkpoint 1 in .*: w is not whole"):
         read(folder, {"w": torch.empty(4, 3)})

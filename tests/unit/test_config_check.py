@@ -65,14 +65,17 @@ STAGE = "data_stages.0"
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"parallelism__pp": 2}, "parallelism.pp: 2: pipeline parallelism is not built yet; use 1"),
         (
-            {"optimizer__zero_stage": 1},
-            "optimizer.zero_stage: 1: sharding the optimizer (ZeRO) is not built yet; use 0",
+            {"parallelism__context_parallel_size": 2},
+            "parallelism.context_parallel_size: 2: context parallelism is not built yet; use 1",
         ),
         (
-            {"parallelism__recompute_layer": True},
-            "parallelism.recompute_layer: true: recomputing activations is not built yet; use false",
+            {"optimizer__zero_stage": 2},
+            "optimizer.zero_stage: 2: sharding gradients and weights (ZeRO-2 and 3) is not built yet; use 0 or 1",
+        ),
+        (
+            {"parallelism__recompute_layer": "full"},
+            "parallelism.recompute_layer: 'full'; must be true or false or selective",
         ),
         (
             {"model__init_method": {"use_mup": True}},
@@ -185,12 +188,112 @@ def test_a_broken_rule_is_one_line_that_says_what_to_do(changes: dict[str, Any],
     assert line.startswith(problem)
 
 
-def test_tensor_parallelism_must_divide_heads() -> None:
-    assert found(parallelism__tp=3)[0] == f"parallelism.tp: 3 does not divide {SHAPE}.num_attention_heads=4"
-    assert (
-        found(parallelism__tp=4)[0]
-        == f"parallelism.tp: 4 does not divide {SHAPE}.num_key_value_heads=2; use tp=2 or less"
-    )
+HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("tp", "shape", "problem"),
+    [
+        (3, LLAMA, f"3 does not divide {SHAPE}.num_attention_heads=4; use 1, 2 or 4"),
+        (8, LLAMA, f"8 does not divide {SHAPE}.num_attention_heads=4; use 1, 2 or 4"),
+        (3, GPT2, f"3 does not divide {SHAPE}.n_head=4; use 1, 2 or 4"),
+        (
+            4,
+            LLAMA | HEADS,
+            f"4 neither divides {SHAPE}.num_key_value_heads=6 nor is a multiple of it; use 1, 2, 3, 6 or 12",
+        ),
+        (
+            4,
+            LLAMA | {"intermediate_size": 34},
+            f"4 does not divide the 34 features inside the MLP of {SHAPE}; use 1 or 2",
+        ),
+        (2, GPT2 | {"n_inner": 33}, f"2 does not divide the 33 features inside the MLP of {SHAPE}; use 1"),
+    ],
+)
+def test_tensor_parallel_ranks_get_equal_parts(tp: int, shape: dict[str, Any], problem: str) -> None:
+    assert found(parallelism__tp=tp, model__model_config=shape) == [f"parallelism.tp: {problem}"]
+
+
+def test_fewer_key_value_heads_than_tensor_parallel_ranks_are_copied() -> None:
+    for tp, heads in ((1, 2), (2, 2), (4, 2), (4, 1), (2, 4)):
+        config_from_dict(data(parallelism__tp=tp, model__model_config__num_key_value_heads=heads))
+
+
+def test_sequence_parallelism_cuts_each_micro_batch_evenly() -> None:
+    layout = {"parallelism__tp": 4, "tokens__micro_batch_size": 2, "tokens__sequence_length": 6}
+    stages = [data()["data_stages"][0] | {"sequence_length": 9}]
+    assert found(**layout, parallelism__tp_mode="REDUCE_SCATTER", data_stages=stages) == [
+        "data_stages.0.sequence_length: 9 x tokens.micro_batch_size=2 tokens is not a multiple of parallelism.tp=4, "
+        "which tp_mode REDUCE_SCATTER needs; use ALL_REDUCE, or other numbers"
+    ]
+    config_from_dict(data(**layout, parallelism__tp_mode="REDUCE_SCATTER"))
+    config_from_dict(data(**layout, parallelism__tp_mode="ALL_REDUCE", data_stages=stages))
+
+
+PER_RANK = "parallelism.pp_stages_per_rank"
+ACCUMULATION = "tokens.batch_accumulation_per_replica"
+
+
+@pytest.mark.parametrize(
+    ("engine", "pp", "per_rank", "micro_batches", "problem"),
+    [
+        ("1f1b", 2, 2, 4, f"{PER_RANK}: 2, but pp_engine 1f1b has one stage on each rank; use interleaved or afab"),
+        ("interleaved", 2, 1, 4, f"{PER_RANK}: 1, but pp_engine interleaved needs more; use 2, or 1f1b"),
+        ("1f1b", 12, None, 4, f"parallelism.pp: 12 stages is more than the 9 layers of {SHAPE}; use pp=9 or less"),
+        (
+            "interleaved",
+            6,
+            None,
+            6,
+            f"parallelism.pp: 6 x 2 stages a rank is more than the 9 layers of {SHAPE}; use pp=4 or less",
+        ),
+        ("afab", 2, 8, 4, f"parallelism.pp: 2 x 8 stages a rank is more than the 9 layers of {SHAPE}; use pp=1"),
+        (
+            "interleaved",
+            4,
+            None,
+            6,
+            f"{ACCUMULATION}: 6 micro-batches is not a multiple of parallelism.pp=4, which pp_engine interleaved "
+            "needs; use 4 or 8",
+        ),
+        (
+            "Interleaved",
+            4,
+            2,
+            3,
+            f"{ACCUMULATION}: 3 micro-batches is not a multiple of parallelism.pp=4, which pp_engine interleaved "
+            "needs; use 4",
+        ),
+    ],
+)
+def test_a_pipeline_needs_stages_and_micro_batches_that_fit(
+    engine: str, pp: int, per_rank: int | None, micro_batches: int, problem: str
+) -> None:
+    layout = {"pp": pp, "dp": 1, "tp": 1, "pp_engine": engine, "pp_stages_per_rank": per_rank}
+    layers = {"model__model_config__num_hidden_layers": 9}
+    assert found(parallelism=layout, tokens__batch_accumulation_per_replica=micro_batches, **layers) == [problem]
+    config_from_dict(data(parallelism=layout | {"pp": 1}, **layers))  # there is no pipeline then
+
+
+@pytest.mark.parametrize(
+    ("engine", "per_rank", "stages"),
+    [("afab", None, 1), ("1f1b", None, 1), ("interleaved", None, 2), ("interleaved", 3, 3), ("afab", 2, 2)],
+)
+def test_stages_a_rank_are_two_for_interleaved_and_else_one(engine: str, per_rank: int | None, stages: int) -> None:
+    layout = {"pp": 3, "dp": 1, "tp": 1, "pp_engine": engine, "pp_stages_per_rank": per_rank}
+    config = config_from_dict(data(parallelism=layout, model__model_config__num_hidden_layers=9))
+    assert config.parallelism.stages_per_rank == stages
+    assert warnings(config) == []
+
+
+@pytest.mark.parametrize("recompute", [True, False, "selective"])
+def test_what_is_recomputed_is_all_nothing_or_what_is_cheap(recompute: bool | str) -> None:
+    config = config_from_dict(data(parallelism__recompute_layer=recompute))
+    assert config.parallelism.recompute_layer == recompute
+
+
+def test_zero_1_needs_no_replicas() -> None:
+    assert warnings(config_from_dict(data(optimizer__zero_stage=1))) == []
 
 
 def test_stages_do_not_collide_and_all_are_read() -> None:

@@ -55,7 +55,7 @@ general: {project: 3, sed: 4}
 parallelism:
   dp: 1
   tp: 1
-  pp: 2
+  pp: 0
   pp_engine: 1f2b
 model:
   model_config:
@@ -73,7 +73,7 @@ tokens:
 optimizer:
   learning_rate: 3e-4
   optimizer_factory: {}
-  zero_stage: 0
+  zero_stage: 2
   weight_decay: .nan
   clip_grad: null
   accumulate_grad_in_fp32: 1
@@ -88,8 +88,8 @@ def test_all_problems_come_at_once_each_with_line_path_and_remedy(tmp_path: Path
     assert problems(tmp_path, BROKEN) == [
         "c.yaml:1: general.project: 3 is not text",
         "c.yaml:1: general.sed: unknown key; did you mean seed?",
-        "c.yaml:5: parallelism.pp: 2: pipeline parallelism is not built yet; use 1",
-        "c.yaml:6: parallelism.pp_engine: '1f2b'; must be afab or 1f1b; did you mean 1f1b?",
+        "c.yaml:5: parallelism.pp: 0; must be at least 1",
+        "c.yaml:6: parallelism.pp_engine: '1f2b'; must be afab or 1f1b or interleaved; did you mean 1f1b?",
         "c.yaml:11: model.model_config.num_key_value_heads: 3 does not divide model.model_config.num_attention_heads=4",
         "c.yaml:12: model.model_config.hidden_sise: unknown key; did you mean hidden_size?",
         "c.yaml:13: model.model_config.rope_scaling.factor: 0.5; must be at least 1",
@@ -100,6 +100,8 @@ def test_all_problems_come_at_once_each_with_line_path_and_remedy(tmp_path: Path
         "c.yaml:21: optimizer.learning_rate: unknown key; did you mean "
         "optimizer.learning_rate_scheduler.learning_rate?",
         "c.yaml:22: optimizer.optimizer_factory: nothing here says which kind this is; write `name:` adamW or sgd",
+        "c.yaml:23: optimizer.zero_stage: 2: sharding gradients and weights (ZeRO-2 and 3) is not built yet; "
+        "use 0 or 1",
         "c.yaml:24: optimizer.weight_decay: NaN is not a finite number",
         "c.yaml:26: optimizer.accumulate_grad_in_fp32: 1 is not true or false",
         "c.yaml:30: data_stages.1.data.dataset.text_file: a list is not text",

@@ -9,6 +9,7 @@ from pentode.optim.groups import Group
 from pentode.optim.master import MasterWeights
 from pentode.optim.registry import build_optimizer
 from pentode.parallel.spec import ParamSpec, parameter
+from tests.helpers.masters import weights
 
 SHAPES = {"embed.weight": (7, 5), "layers.0.bias": (31,)}
 
@@ -26,8 +27,8 @@ def masters(dtype: torch.dtype) -> MasterWeights:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_equals_torch(dtype: torch.dtype) -> None:
     master = masters(dtype)
-    optimizer = build_optimizer(SGDOptimizerArgs(), master.flat)
-    theirs = {name: torch.nn.Parameter(w.detach().clone()) for name, w in master.weights.items()}
+    optimizer = build_optimizer(SGDOptimizerArgs(), master.shards)
+    theirs = {name: torch.nn.Parameter(w.detach().clone()) for name, w in weights(master).items()}
     reference = torch.optim.SGD(
         [{"params": [theirs["embed.weight"]], "weight_decay": 0.1}, {"params": [theirs["layers.0.bias"]]}], lr=0.1
     )
@@ -41,14 +42,14 @@ def test_equals_torch(dtype: torch.dtype) -> None:
     assert optimizer.updates == 5
     assert optimizer.state() == {}
     for name, p in theirs.items():
-        torch.testing.assert_close(master.weights[name], p.detach())
+        torch.testing.assert_close(weights(master)[name], p.detach())
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     master = masters(torch.float32)
-    optimizer = build_optimizer(SGDOptimizerArgs(), master.flat)
-    before = [flat.weight.clone() for flat in master.flat]
+    optimizer = build_optimizer(SGDOptimizerArgs(), master.shards)
+    before = [shard.weight.clone() for shard in master.shards]
     master.gradients["embed.weight"].fill_(float("nan"))
     optimizer.step(learning_rate=0.1, scale=torch.tensor(float("nan")), finite=torch.tensor(False))
     assert optimizer.updates == 0
-    assert all(torch.equal(flat.weight, w) for flat, w in zip(master.flat, before, strict=True))
+    assert all(torch.equal(shard.weight, w) for shard, w in zip(master.shards, before, strict=True))

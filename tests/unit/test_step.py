@@ -9,9 +9,10 @@ import torch
 from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
 from pentode.parallel.batch import IGNORE, Batch
-from pentode.run.build import Run, build, build_model, initial_weights, initialise_weights
+from pentode.run.build import Run, build, build_stages, initial_weights, initialise_weights
 from pentode.train.evaluate import validation_loss
 from pentode.train.step import train_step, valid_tokens
+from tests.helpers.masters import weights
 from tests.helpers.tiny import tiny_config
 
 NO_DROPOUT = {f"model__model_config__{place}_pdrop": 0.0 for place in ("embd", "resid", "attn")}
@@ -36,15 +37,15 @@ def masked(batch: Batch, keep: int) -> Batch:
 
 
 def snapshot(run: Run) -> list[torch.Tensor]:
-    tensors = [flat.weight for flat in run.master.flat] + [run.optimizer.updates]
-    tensors += [tensor for kinds in run.optimizer.state().values() for tensor in kinds.values()]
+    tensors = [shard.weight for shard in run.master.shards] + [run.optimizer.updates]
+    tensors += [tensor for kind in run.optimizer.state().values() for tensor in kind]
     return [tensor.clone() for tensor in tensors]
 
 
 def test_five_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, model__dtype="float64", **NO_DROPOUT)
-    plain = build_model(run.config, Mesh.single(), run.device)
-    for name, weight in initial_weights(run.config, plain).items():
+    (plain,) = build_stages(run.config, Mesh.single(), run.device).values()
+    for name, weight in initial_weights(run.config, plain):
         plain.get_parameter(name).data.copy_(weight)
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(1, 6):
@@ -58,7 +59,7 @@ def test_five_steps_equal_a_plain_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(result.loss, loss.detach())
         torch.testing.assert_close(result.norm, norm)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(run.master.weights[name], parameter.detach())
+        torch.testing.assert_close(weights(run.master)[name], parameter.detach())
 
 
 def test_cutting_a_batch_into_micro_batches_changes_nothing(tmp_path: Path) -> None:
@@ -72,8 +73,8 @@ def test_cutting_a_batch_into_micro_batches_changes_nothing(tmp_path: Path) -> N
         one, other = (train_step(run, step_batches(run, step), learning_rate=1e-2) for run in (whole, parts))
         torch.testing.assert_close(one.loss, other.loss)
         torch.testing.assert_close(one.norm, other.norm)
-    for name, weight in whole.master.weights.items():
-        torch.testing.assert_close(weight, parts.master.weights[name])
+    for name, weight in weights(whole.master).items():
+        torch.testing.assert_close(weight, weights(parts.master)[name])
 
 
 def test_the_loss_is_the_mean_over_labels_not_over_micro_batches(tmp_path: Path) -> None:
@@ -88,10 +89,10 @@ def test_the_loss_is_the_mean_over_labels_not_over_micro_batches(tmp_path: Path)
 
 def test_a_batch_without_labels_changes_weights_only_by_decay(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
-    before = {name: weight.clone() for name, weight in run.master.weights.items()}
+    before = {name: weight.clone() for name, weight in weights(run.master).items()}
     result = train_step(run, [masked(batch, 0) for batch in step_batches(run, 1)], learning_rate=0.5)
     assert result.loss.item() == 0
-    for name, weight in run.master.weights.items():
+    for name, weight in weights(run.master).items():
         torch.testing.assert_close(weight, before[name] * (1 - 0.5 * 0.1))
 
 
@@ -101,19 +102,19 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, name: str) ->
     changes = {"optimizer__optimizer_factory": factory} if name == "sgd" else {}
     run = tiny_run(tmp_path, **changes)
     train_step(run, step_batches(run, 1), learning_rate=1e-2)
-    good = run.master.weights["norm.weight"].clone()
-    run.master.weights["norm.weight"][3] = torch.inf
+    good = weights(run.master)["norm.weight"].clone()
+    weights(run.master)["norm.weight"][3] = torch.inf
     run.master.publish()
     before = snapshot(run)
     train_step(run, step_batches(run, 2), learning_rate=1e-2)
     assert not run.healthy
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(run), strict=True))
 
-    run.master.weights["norm.weight"].copy_(good)
+    weights(run.master)["norm.weight"].copy_(good)
     run.master.publish()
     train_step(run, step_batches(run, 3), learning_rate=1e-2)
     assert not run.healthy, "nothing may follow a bad step"
-    assert torch.equal(run.master.weights["norm.weight"], good)
+    assert torch.equal(weights(run.master)["norm.weight"], good)
 
 
 def test_bfloat16_weights_follow_their_float32_masters(tmp_path: Path) -> None:
@@ -123,8 +124,8 @@ def test_bfloat16_weights_follow_their_float32_masters(tmp_path: Path) -> None:
     assert run.healthy
     for name, parameter in run.stages[0].named_parameters():
         assert parameter.dtype == torch.bfloat16
-        assert run.master.weights[name].dtype == torch.float32
-        assert torch.equal(parameter, run.master.weights[name].bfloat16())
+        assert weights(run.master)[name].dtype == torch.float32
+        assert torch.equal(parameter, weights(run.master)[name].bfloat16())
 
 
 def test_validation_changes_nothing_and_has_no_dropout(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Messages between pipeline ranks: one channel for each ordered pair of neighbours, first in, first out.
+
+Both directions of a pair have process groups of their own, so that what one rank sends never queues behind what it
+waits for. Both sides must name a channel's messages in the same order; a schedule's transfers do (`with_transfers`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pentode.dist.mesh import Axis
+
+Tensors = tuple[Tensor, ...]
+
+
+class Form(NamedTuple):
+    """What the receiver of a tensor must know beforehand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Tensors on their way here."""
+
+    tensors: Tensors
+    works: list[dist.Work]
+
+    def wait(self) -> Tensors:
+        """The tensors, when they have come; on a GPU the stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.tensors
+
+
+class Channels:
+    """This rank's ends of the channels along one pipeline axis."""
+
+    def __init__(self, groups: dict[tuple[int, int], dist.ProcessGroup], *, rank: int, device: torch.device) -> None:
+        self.rank, self.device = rank, device
+        self._groups = groups
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def send(self, tensors: Tensors, *, to: int) -> None:
+        """Begin to send to a rank of the axis, and return at once; the tensors are kept until they have gone."""
+        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            work = dist.isend(whole, group=self._groups[self.rank, to], group_dst=_place(to, self.rank))
+            assert work is not None, f"rank {self.rank} is not in the group of channel {self.rank} -> {to}"
+            self._sent.append((work, whole))
+
+    def receive(self, forms: Sequence[Form], *, source: int) -> Receipt:
+        """Begin to receive tensors of these forms from a rank of the axis, and return at once."""
+        tensors = tuple(torch.empty(form.shape, dtype=form.dtype, device=self.device) for form in forms)
+        group, place = self._groups[source, self.rank], _place(source, self.rank)
+        works = [dist.irecv(tensor, group=group, group_src=place) for tensor in tensors]
+        return Receipt(tensors, [work for work in works if work is not None])
+
+    def flush(self) -> None:
+        """Return when all that was sent has gone."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+
+def connect(pp: Axis, *, device: torch.device) -> Channels:
+    """Open the channels between neighbours on the pipeline axis, the last and the first being neighbours too.
+
+    Every rank of the world must call. A first message goes through each channel: a GPU's are set up by that, and both
+    sides wait for each other there, which later, in the middle of a schedule, could be for ever.
+    """
+    if pp.size == 1:
+        return Channels({}, rank=0, device=device)
+    lines = _every_line(pp)
+    pairs = sorted({pair for i in range(pp.size) for pair in ((i, (i + 1) % pp.size), ((i + 1) % pp.size, i))})
+    groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+    for line in lines:
+        for source, target in pairs:
+            group = dist.new_group([line[source], line[target]])
+            if line[pp.rank] == dist.get_rank() and pp.rank in (source, target):
+                assert isinstance(group, dist.ProcessGroup), f"rank {pp.rank} got no group for {source} -> {target}"
+                groups[source, target] = group
+    channels = Channels(groups, rank=pp.rank, device=device)
+    hello = torch.zeros(1, device=device)
+    for source, target in pairs:
+        if pp.rank == source:
+            channels.send((hello,), to=target)
+            channels.flush()
+        elif pp.rank == target:
+            channels.receive([Form((1,), hello.dtype)], source=source).wait()
+    return channels
+
+
+def _every_line(pp: Axis) -> list[list[int]]:
+    """The world ranks of all pipelines; this rank knows its own, and the grid is regular: pp is its outermost axis."""
+    stride = dist.get_world_size() // pp.size
+    return [list(range(first, dist.get_world_size(), stride)) for first in range(stride)]
+
+
+def _place(of: int, other: int) -> int:
+    """A rank's place in the group of a pair, which torch orders by world rank, as the line is ordered."""
+    return int(of > other)

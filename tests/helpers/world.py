@@ -1,0 +1,124 @@
+"""Worlds of gloo ranks that stay: a test's body runs on some of eight processes, which live as long as the session.
+
+WORLD.run(body, 4, case=case)     # a function at module level; its results, by rank
+
+Any rank's failure fails the call with every rank's traceback, and the next call gets new processes.
+"""
+
+import atexit
+import importlib
+import importlib.util
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PATIENCE = 300.0  # seconds after which ranks are taken for hung
+GRACE = 5.0  # seconds that the others have to fail, too, when one has
+
+multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
+
+
+@dataclass
+class _Rank:
+    process: BaseProcess
+    pipe: Connection
+
+
+class World:
+    """Up to as many processes as the largest call so far needed."""
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
+
+    def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
+        """Call `body` on every rank of a new process group; what each returned, in order."""
+        context = multiprocessing.get_context("forkserver")
+        while len(self._ranks) < ranks:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._ranks.append(_Rank(process, here))
+        helper = body.__module__.startswith("tests.helpers.")  # a test's own module has another name there
+        source = body.__module__ if helper else str(sys.modules[body.__module__].__file__)
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, one in enumerate(self._ranks[:ranks]):
+                one.pipe.send((source, body.__name__, rank, ranks, f"file://{folder}/rendezvous", arguments))
+            found = self._collect(ranks)
+        failures = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(found.items()) if not good]
+        if failures or len(found) < ranks:
+            self.close()
+            silent = sorted(set(range(ranks)) - found.keys())
+            raise AssertionError("\n".join(failures) + (f"\nno answer from ranks {silent}" if silent else ""))
+        return [found[rank][1] for rank in range(ranks)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for one in self._ranks:
+            one.process.kill()
+            one.process.join()
+        self._ranks.clear()
+
+    def _collect(self, ranks: int) -> dict[int, tuple[bool, Any]]:
+        """(success, result or traceback) by rank, of those that answered in time."""
+        pipes = {self._ranks[rank].pipe: rank for rank in range(ranks)}
+        found: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + PATIENCE
+        while pipes and (left := end - time.monotonic()) > 0:
+            for pipe in wait(list(pipes), timeout=left):
+                assert isinstance(pipe, Connection)
+                rank = pipes.pop(pipe)
+                try:
+                    found[rank] = pipe.recv()
+                except EOFError:
+                    found[rank] = False, "the process has ended"
+                if not found[rank][0]:
+                    end = min(end, time.monotonic() + GRACE)
+        return found
+
+
+def _serve(pipe: Connection) -> None:
+    """Do what is asked until nobody asks any more."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    modules: dict[str, Any] = {}
+    while True:
+        try:
+            source, name, rank, ranks, rendezvous, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if source not in modules:
+                modules[source] = (
+                    _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+                )
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+            pipe.send((True, getattr(modules[source], name)(**arguments)))
+        except BaseException:  # noqa: BLE001
+            pipe.send((False, traceback.format_exc()))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _from_file(path: Path) -> ModuleType:
+    """A module by its file, under the name that pickled things of it ask for."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WORLD = World()
+atexit.register(WORLD.close)

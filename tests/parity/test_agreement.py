@@ -1,0 +1,117 @@
+"""Ranks that were not started alike all refuse, with one line that says who differs and how."""
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pentode.config.load import config_from_dict
+from pentode.dist.mesh import Axis
+from pentode.errors import ConfigError
+from pentode.run import agree
+from pentode.run.agree import check_agreement
+from tests.helpers.config import outcome, small
+from tests.helpers.world import WORLD
+
+GPT2 = {"type": "gpt2", "vocab_size": 256}
+LONG = "somewhere/" * 10
+STAGE: dict[str, Any] = {"name": "a", "start_training_step": 1, "data": {"dataset": None}}
+
+
+def agreement(sections: list[dict[str, Any]], versions: list[dict[str, str]]) -> list[str]:
+    """The problems that this rank finds, when rank i has the i-th changes of SMALL and of the versions."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    data = small(**{name: value for name, value in sections[rank].items() if isinstance(value, dict)})
+    data |= {name: value for name, value in sections[rank].items() if not isinstance(value, dict)}
+    installed = {"pentode": "1", "torch": "2", "python": "3"} | versions[rank]
+    for owner, name, found in (
+        (agree, "VERSION", installed["pentode"]),
+        (torch, "__version__", installed["torch"]),
+        (platform, "python_version", lambda: installed["python"]),
+    ):
+        PATCH.setattr(owner, name, found)
+    world = Axis("world", size, rank, dist.group.WORLD)
+    try:
+        return outcome(lambda: check_agreement(config_from_dict(data), world))
+    finally:
+        PATCH.undo()
+
+
+PATCH = pytest.MonkeyPatch()
+
+
+def on_ranks(*sections: dict[str, Any], versions: dict[int, dict[str, str]] | None = None) -> list[str]:
+    """The problems of all ranks, which must be one list."""
+    installed = [(versions or {}).get(rank, {}) for rank in range(len(sections))]
+    first, *others = WORLD.run(agreement, len(sections), sections=list(sections), versions=installed)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_equal_ranks_pass(ranks: int) -> None:
+    assert on_ranks(*[{}] * ranks) == []
+
+
+def test_one_process_agrees_with_itself() -> None:
+    check_agreement(config_from_dict(small()), Axis("world"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "difference"),
+    [
+        ([{}, {"tokens": {"train_steps": 20}}, {}], "tokens.train_steps is 10 on ranks 0 and 2, 20 on rank 1"),
+        ([{}, {"tokens": {"train_steps": 20}}], "tokens.train_steps is 10 on rank 0, 20 on rank 1"),
+        ([{}, {}, {"general": {"seed": 7}}], "general.seed is 42 on ranks 0 and 1, 7 on rank 2"),
+        ([{"general": {"seed": n}} for n in range(3)], "general.seed is 0 on rank 0, 1 on rank 1, 2 on rank 2"),
+        ([{"general": {"device": "cpu"}}, {}], "general.device is 'cpu' on rank 0, 'auto' on rank 1"),
+        ([{}, {"checkpoints": {"checkpoints_path": "b"}}], "checkpoints.checkpoints_path is 'here' on rank 0, 'b' on"),
+        ([{}, {"parallelism": {"tp": 2}}], "parallelism.tp is 1 on rank 0, 2 on rank 1"),
+        ([{}, {"model": {"model_config": GPT2}}], "model.model_config.type is 'llama' on rank 0, 'gpt2' on"),
+        (
+            [{"checkpoints": {"checkpoints_path": LONG + word}} for word in ("here", "there")],
+            f"checkpoints.checkpoints_path is '{LONG}here' on rank 0, '{LONG}there' on rank 1",
+        ),
+        (
+            [{}, {"data_stages": [STAGE, STAGE | {"name": "b", "start_training_step": 5}]}],
+            "data_stages.1 is absent on rank 0, a section on rank 1",
+        ),
+        (
+            [{}, {"optimizer": {"weight_decay_exclude_named_params": ["x"]}}],
+            "optimizer.weight_decay_exclude_named_params.0 is absent on rank 0, 'x' on rank 1",
+        ),
+        ([{}, {"tokenizer": {"tokenizer_name_or_path": "t"}}], "tokenizer is null on rank 0, a section on rank 1"),
+    ],
+)
+def test_a_config_of_its_own_is_refused_on_every_rank(sections: list[dict[str, Any]], difference: str) -> None:
+    [problem] = on_ranks(*sections)
+    assert problem.startswith(f"config: {difference}")
+    assert problem.endswith("; start all ranks with the same file")
+
+
+@pytest.mark.parametrize("name", ["pentode", "torch", "python"])
+def test_versions_differ_before_configs_do(name: str) -> None:
+    problems = on_ranks({}, {"general": {"seed": 7}}, {}, versions={2: {name: "9"}})
+    usual = {"pentode": "1", "torch": "2", "python": "3"}[name]
+    assert problems == [
+        f"versions: {name} is {usual} on ranks 0 and 1, 9 on rank 2; install the same on all hosts",
+    ]
+
+
+def test_ranks_are_named_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(*steps: int) -> str:
+        configs = [{"versions": {}, "config": {"tokens.train_steps": str(step)}} for step in steps]
+        monkeypatch.setattr(agree, "gather_objects", lambda value, axis: configs)
+        with pytest.raises(ConfigError) as error:
+            check_agreement(config_from_dict(small()), Axis("world"))
+        [problem] = error.value.problems
+        return problem.removeprefix("config: tokens.train_steps is ").removesuffix(
+            "; start all ranks with the same file"
+        )
+
+    assert line(10, 20, 10, 10) == "10 on ranks 0, 2 and 3, 20 on rank 1"
+    assert line(10, 20, *[10] * 6) == "10 on ranks 0 and 2-7, 20 on rank 1"
+    assert line(*[10] * 6, 20) == "10 on ranks 0-5, 20 on rank 6"
+    assert line(*range(8)) == "0 on rank 0, 1 on rank 1, 2 on rank 2, and 5 more values"

@@ -1,0 +1,135 @@
+"""Every layout gives one process's numbers: losses, the first gradients, norms and weights of 5 steps, in float64.
+
+A test is a case: a layout (tests/helpers/cases.py) of a problem, compared with one process that trains the same
+problem in one micro-batch, at torch's default tolerances.
+"""
+
+from functools import cache
+from itertools import product
+
+import pytest
+
+from tests.helpers.cases import Case, Outcome, Problem, assert_equal, train_case
+from tests.helpers.world import WORLD
+
+TIED = (("tie_word_embeddings", True),)
+UNTIED = (("tie_word_embeddings", False),)
+FEW_HEADS = (("num_key_value_heads", 2),)
+DROPOUT = tuple((f"{place}_pdrop", 0.1) for place in ("embd", "resid", "attn"))
+
+LLAMA, GPT2 = Problem(), Problem(model="gpt2")
+DROPPING = Problem(model="gpt2", shape=DROPOUT)
+
+
+def axes(problem: Problem) -> list[Case]:
+    """Each axis by itself, at 2 and 4."""
+    sizes = (2, 4)
+    data = [Case(problem, dp=n, micro_batches=m, zero=z) for n in sizes for z, m in ((0, 1), (1, 2))]
+    tensor = [Case(problem, tp=n, sequence_parallel=cut) for n in sizes for cut in (False, True)]
+    stages = [Case(problem, pp=n, engine=e, micro_batches=4) for n in sizes for e in ("afab", "1f1b")]
+    several = [Case(problem, pp=2, engine=e, stages_per_rank=2, micro_batches=4) for e in ("afab", "interleaved")]
+    return data + tensor + stages + several
+
+
+def cubes() -> list[Case]:
+    """dp2 x tp2 x pp2 in half of all the ways, so chosen that any four settings meet in every combination."""
+    found = []
+    ways = product((False, True), (0, 1), (False, True), (TIED, UNTIED), (2, 4), ("afab", "1f1b", "interleaved"))
+    for cut, zero, recompute, shape, micro_batches, engine in ways:
+        if (cut + zero + recompute + (shape is TIED) + micro_batches // 4) % 2 == 0:
+            model = "gpt2" if zero == (engine == "1f1b") else "llama"
+            problem = Problem(model=model, shape=shape, masked=cut != recompute)
+            layout = {"micro_batches": micro_batches, "engine": engine, "sequence_parallel": cut, "zero": zero}
+            found.append(Case(problem, dp=2, tp=2, pp=2, recompute=recompute, **layout))
+    return found
+
+
+def cube(problem: Problem, **changes: object) -> Case:
+    """dp2 x tp2 x pp2 with everything on."""
+    layout = {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 2, "engine": "1f1b", "sequence_parallel": True, "zero": 1}
+    return Case(problem, **{**layout, **changes})  # pyright: ignore[reportArgumentType]
+
+
+NAMED = {
+    "accumulation alone": [Case(LLAMA, micro_batches=4), Case(DROPPING, micro_batches=2)],
+    "accumulation 1 and 4 in a cube": [cube(LLAMA, micro_batches=1, engine=engine) for engine in ("afab", "1f1b")],
+    "dropout": [
+        Case(DROPPING, dp=2, micro_batches=2),
+        Case(DROPPING, tp=2),
+        Case(DROPPING, tp=4, sequence_parallel=True),
+        Case(DROPPING, pp=2, engine="1f1b", micro_batches=4),
+        Case(DROPPING, tp=2, sequence_parallel=True, recompute=True),
+        cube(DROPPING),
+        cube(DROPPING, engine="interleaved", recompute=True),
+    ],
+    "label masks that differ between ranks and micro-batches": [
+        Case(Problem(masked=True), dp=4, micro_batches=2),
+        cube(Problem(masked=True, z_loss=True)),
+        Case(Problem(masked=True, z_loss=True), pp=2, engine="1f1b", micro_batches=8),
+    ],
+    "padded vocabulary": [
+        Case(LLAMA, tp=4, pad_vocabulary=16),
+        Case(Problem(shape=(("vocab_size", 3),)), tp=4, sequence_parallel=True),  # the last rank has padding alone
+        cube(Problem(shape=TIED), pad_vocabulary=16),
+    ],
+    "fewer key/value heads than tp": [
+        Case(Problem(shape=FEW_HEADS), tp=4),
+        Case(Problem(shape=FEW_HEADS), tp=4, sequence_parallel=True, dp=2, zero=1),
+        Case(Problem(shape=(("num_key_value_heads", 1),)), tp=4, pp=2, micro_batches=2, small_buckets=True),
+        Case(Problem(shape=(("num_key_value_heads", 1),)), tp=2, dp=2, zero=1, small_buckets=True),
+    ],
+    "biases under sequence parallelism": [
+        Case(GPT2, tp=4, sequence_parallel=True, zero=1, dp=2),
+        Case(GPT2, tp=4, sequence_parallel=True, pp=2, micro_batches=2),
+    ],
+    "layers not divisible by pp": [
+        Case(Problem(shape=(("num_hidden_layers", 5),)), pp=2, micro_batches=2),
+        Case(Problem(model="gpt2", shape=(("n_layer", 5),)), pp=4, engine="1f1b", micro_batches=4),
+        Case(
+            Problem(shape=(("num_hidden_layers", 7),)), pp=2, engine="interleaved", stages_per_rank=3, micro_batches=2
+        ),
+    ],
+    "micro-batches not a multiple of pp": [
+        Case(Problem(samples=6), pp=4, engine="1f1b", micro_batches=6),
+        Case(Problem(samples=6), pp=4, micro_batches=3),
+        Case(Problem(samples=6), pp=4, engine="1f1b", micro_batches=2),
+        cube(Problem(samples=6), micro_batches=3),
+    ],
+    "clipping active and inactive": [cube(Problem(clip_grad=bound, shape=TIED)) for bound in (None, 0.01, 1e6)],
+    "two weight-decay groups": [
+        cube(Problem(exclude=(r".*norm.*", r"embed\..*"), shape=TIED)),
+        Case(Problem(model="gpt2", exclude=(".*bias", ".*norm.*")), pp=4, dp=2, micro_batches=2, zero=1),
+    ],
+    "another optimizer": [cube(Problem(optimizer="sgd"))],
+    "many small buckets": [
+        cube(LLAMA, small_buckets=True),
+        cube(Problem(model="gpt2"), small_buckets=True, engine="interleaved", zero=0),
+        Case(LLAMA, dp=4, zero=1, small_buckets=True),
+    ],
+    "sanity checks on": [
+        cube(Problem(shape=(*TIED, *FEW_HEADS)), tp=4, dp=1, sanity=True),
+        cube(GPT2, sanity=True, zero=0),
+    ],
+}
+CASES = [
+    *axes(LLAMA),
+    *axes(GPT2),
+    *cubes(),
+    *(case for cases in NAMED.values() for case in cases),
+]
+
+
+@cache
+def one_process(problem: Problem) -> Outcome:
+    return train_case(Case(problem))
+
+
+def check(case: Case) -> None:
+    """Train it on its ranks, and compare with one process."""
+    got = train_case(case) if case.ranks == 1 else WORLD.run(train_case, case.ranks, case=case)[0]
+    assert_equal(got, one_process(case.problem))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_layout_gives_one_processs_numbers(case: Case) -> None:
+    check(case)
