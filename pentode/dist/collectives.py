@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from pentode.dist.mesh import Axis
 
@@ -61,6 +62,24 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     if x.shape[dim] % axis.size:
         raise ValueError(f"reduce_scatter: {axis.name}={axis.size} does not divide dim {dim} of {list(x.shape)}")
     return _ReduceScatter.apply(x, _name(axis), axis.size, dim)
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """Join the ranks' shards along dim 0, outside autograd (forward only, no backward)."""
+    return x if axis.size == 1 else _join(x, _name(axis), axis.size, 0)
+
+
+def gather_again(x: Tensor, axis: Axis, *, after: Tensor) -> Tensor:
+    """`gather` once more, in backward, of what was not kept (forward only, no backward).
+
+    `after` is the gradient at hand. Compiled code would otherwise find that it has gathered this x before, and keep it.
+    """
+    return x if axis.size == 1 else _gather_after(x, after, _name(axis), axis.size)
+
+
+def sum_and_split(x: Tensor, axis: Axis) -> Tensor:
+    """Sum x over the ranks, each keeping its shard along dim 0; outside autograd (forward only, no backward)."""
+    return x if axis.size == 1 else _sum_and_split(x, _name(axis), axis.size, 0)
 
 
 def all_max(x: Tensor, axis: Axis) -> Tensor:
@@ -189,6 +208,21 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _join(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+
+
+@torch.library.custom_op("pentode::gather_after", mutates_args=())
+def _gather_after(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
+    return _join(x, group, size, 0)
+
+
+@_gather_after.register_fake
+def _(x: Tensor, after: Tensor, group: str, size: int) -> Tensor:
+    return x.new_empty(size * x.shape[0], *x.shape[1:])
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of this name, which is all that an operator can be told of one."""
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
 
 
 def _name(axis: Axis) -> str:

@@ -26,16 +26,32 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Receipt:
-    """Tensors on their way here."""
+    """Tensors on their way here; `sent` is kept until they have come, where one message goes each way."""
 
     tensors: Tensors
     works: list[dist.Work]
+    sent: Tensor | None = None
 
     def wait(self) -> Tensors:
         """The tensors, when they have come; on a GPU the stream waits, not the host."""
         for work in self.works:
             work.wait()
         return self.tensors
+
+
+def start_shift(x: Tensor, axis: Axis, *, hop: int) -> Receipt:
+    """Begin to send x to the rank `hop` further along the axis, counted in a ring, and to receive as much from behind.
+
+    Every rank of the axis calls, with the same hop. Outside autograd (forward only, no backward).
+    """
+    sent, found = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, sent, group=axis.group, group_peer=(axis.rank + hop) % axis.size),
+            dist.P2POp(dist.irecv, found, group=axis.group, group_peer=(axis.rank - hop) % axis.size),
+        ]
+    )
+    return Receipt((found,), works, sent)
 
 
 class Channels:

@@ -67,7 +67,7 @@ class Reader:
         self.length = 0
 
     def logits(self, tokens: Tensor) -> Tensor | None:
-        """Logits [B, V] after the sequences and `tokens` [B, S] at their end; None where the last stage is elsewhere."""
+        """Logits [B, V] after the sequences so far and `tokens` [B, S]; None where the last stage is elsewhere."""
         rows, length = tokens.shape
         positions = torch.arange(self.length, self.length + length, device=tokens.device).expand(rows, length)
         self.length += length
@@ -126,8 +126,9 @@ def _continue(speaker: Speaker, tokens: Tensor, sampling: Sampling, max_position
         if reader is None:
             reader = speaker.reader(rows, min(unread.shape[1] + left - 1, max_positions))  # the last is never read
         logits = reader.logits(unread)  # [B, V]
-        drawn = tokens[:, -1] if logits is None else next_tokens(logits, sampling=sampling, generator=generator)
-        drawn = broadcast_(drawn.contiguous(), speaker.mesh.pp, source=speaker.placement[-1])
+        drawn = tokens.new_empty(rows) if logits is None else next_tokens(logits, sampling=sampling, generator=generator)
+        last = speaker.placement[-1] * speaker.mesh.tp.size  # of those that hold the last stage, the first one draws
+        drawn = broadcast_(drawn, speaker.mesh.model, source=last)
         if eos_id is not None:
             drawn = drawn.masked_fill(ended, eos_id)
             ended |= drawn == eos_id

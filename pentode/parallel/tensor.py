@@ -4,6 +4,9 @@ T tokens of the micro-batch. Under sequence parallelism the activations between 
 and each layer joins or cuts them itself; the docstrings give the plain form first, that form after a bar.
 """
 
+# An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
+from pentode.parallel import tensor_overlap
 from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
 
 
@@ -95,7 +100,8 @@ class ColumnLinear(nn.Module):
         backward  all-reduce of x's grad   | reduce-scatter of x's grad along T
         gradient  of x: complete; of weight and bias: complete for the part held here, but of pieces with copies:
                   partial over those, summed by the step
-    Keeps all of x for backward.
+    Keeps all of x for backward; under sequence parallelism with `Place.gather_again` only its [T/tp, d_in], which is
+    gathered once more in backward. With `Place.overlap` the messages go on under the products (`tensor_overlap.py`).
     """
 
     def __init__(
@@ -115,7 +121,39 @@ class ColumnLinear(nn.Module):
         self.bias = place.parameter(d_out, cut=cut, init="zeros") if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.place.enter(x), self.weight, self.bias)
+        if self.place.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        place, weight = self.place, self.weight
+        if place.overlap and place.sequence_parallel:
+            return tensor_overlap.gathered_linear(x, weight, place.tp, gather_again=place.gather_again)
+        if place.overlap:
+            return tensor_overlap.replicated_linear(x, weight, place.tp)
+        if place.sequence_parallel and place.gather_again:
+            return _GatheringLinear.apply(x, weight, place.tp)
+        return place.enter(x) @ weight.T
+
+
+class _GatheringLinear(torch.autograd.Function):
+    """x W^T of all tokens, of which only this rank's [T/tp, D] are kept.
+
+    forward: all-gather; backward: all-gather again, and reduce-scatter.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        return collectives.gather(x, tp) @ weight.T
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        whole = collectives.gather_again(x, ctx.tp, after=grad)
+        return collectives.sum_and_split(grad @ weight, ctx.tp), grad.T @ whole, None
 
 
 class RowLinear(nn.Module):
@@ -130,7 +168,7 @@ class RowLinear(nn.Module):
         backward  nothing                  | all-gather of y's grad along T
         gradient  of x: complete; of weight: complete for the part held here;
                   of bias: complete        | partial over tp, summed by the step (sum_over=tp)
-    Keeps x for backward.
+    Keeps x for backward. With `Place.overlap` under sequence parallelism the messages go on under the products.
     """
 
     def __init__(self, d_in: int, d_out: int, *, place: Place, bias: bool = False) -> None:
@@ -142,8 +180,13 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.place.tp.size == 1:
             return F.linear(x, self.weight, self.bias)  # one kernel, instead of a second pass for the bias
-        y = self.place.leave(F.linear(x, self.weight))
+        y = self._product(x)
         return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.place.overlap and self.place.sequence_parallel:
+            return tensor_overlap.scattered_linear(x, self.weight, self.place.tp)
+        return self.place.leave(x @ self.weight.T)
 
 
 class VocabTable(nn.Module):

@@ -8,13 +8,17 @@ from functools import cache
 from itertools import product
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
-from tests.helpers.cases import Case, Outcome, Problem, assert_equal, train_case
+from pentode.config.check import problems
+from tests.helpers.cases import Case, Outcome, Problem, assert_equal, config_of, train_case
 from tests.helpers.world import WORLD
 
 TIED = (("tie_word_embeddings", True),)
 UNTIED = (("tie_word_embeddings", False),)
 FEW_HEADS = (("num_key_value_heads", 2),)
+PARTITIONED = "aot_eager_decomp_partition"  # traced, and cut into forward and backward, without writing kernels
 DROPOUT = tuple((f"{place}_pdrop", 0.1) for place in ("embd", "resid", "attn"))
 
 LLAMA, GPT2 = Problem(), Problem(model="gpt2")
@@ -106,6 +110,40 @@ NAMED = {
         cube(Problem(model="gpt2"), small_buckets=True, engine="interleaved", zero=0),
         Case(LLAMA, dp=4, zero=1, small_buckets=True),
     ],
+    "messages under products": [
+        Case(LLAMA, tp=4, overlap=True),
+        Case(GPT2, tp=4, sequence_parallel=True, overlap=True),
+        Case(LLAMA, tp=4, sequence_parallel=True, overlap=True, gather_again=False),
+        Case(Problem(shape=FEW_HEADS), tp=4, sequence_parallel=True, overlap=True, recompute="selective"),
+        cube(LLAMA, overlap=True),
+        cube(DROPPING, overlap=True, gather_again=False, engine="interleaved"),
+    ],
+    "inputs kept whole": [
+        Case(LLAMA, tp=4, sequence_parallel=True, gather_again=False),
+        cube(GPT2, gather_again=False),
+    ],
+    "chosen operations computed again": [
+        Case(LLAMA, recompute="selective", micro_batches=2),
+        Case(LLAMA, tp=4, sequence_parallel=True, recompute="selective"),
+        Case(DROPPING, tp=2, recompute="selective"),
+        cube(LLAMA, recompute="selective"),
+        cube(DROPPING, recompute="selective", engine="afab", zero=0),
+    ],
+    "traced and partitioned": [
+        Case(LLAMA, tp=2, sequence_parallel=True, recompute="selective", compiled=PARTITIONED),
+        Case(LLAMA, tp=2, recompute="selective", compiled=PARTITIONED),
+        Case(LLAMA, tp=2, sequence_parallel=True, recompute=True, compiled=PARTITIONED),
+        Case(LLAMA, tp=2, sequence_parallel=True, compiled=PARTITIONED),
+        Case(LLAMA, tp=2, sequence_parallel=True, overlap=True, recompute="selective", compiled=PARTITIONED),
+        Case(DROPPING, tp=2, sequence_parallel=True, overlap=True, compiled=PARTITIONED),
+        Case(LLAMA, dp=2, micro_batches=2, zero=1, small_buckets=True, compiled=PARTITIONED),
+        Case(LLAMA, pp=2, engine="1f1b", micro_batches=4, compiled=PARTITIONED),
+        cube(GPT2, recompute="selective", compiled=PARTITIONED),
+    ],
+    "compiled": [
+        Case(LLAMA, tp=2, sequence_parallel=True, recompute="selective", compiled="inductor"),
+        Case(LLAMA, tp=2, sequence_parallel=True, overlap=True, compiled="inductor"),
+    ],
     "sanity checks on": [
         cube(Problem(shape=(*TIED, *FEW_HEADS)), tp=4, dp=1, sanity=True),
         cube(GPT2, sanity=True, zero=0),
@@ -133,3 +171,59 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_layout_gives_one_processs_numbers(case: Case) -> None:
     check(case)
+
+
+@st.composite
+def cases(draw: st.DrawFn, pp: int) -> Case:
+    """Any layout that the config's rules let through, on 8 processes at most."""
+    dp, tp = draw(st.sampled_from([(dp, tp) for dp in (1, 2, 3, 4) for tp in (1, 2, 4) if 1 < pp * dp * tp <= 8]))
+    model = draw(st.sampled_from(("llama", "gpt2")))
+    count = draw(st.integers(3, 6))
+    shape = {"num_hidden_layers" if model == "llama" else "n_layer": count, "tie_word_embeddings": draw(st.booleans())}
+    if model == "llama":
+        shape["num_key_value_heads"] = draw(st.sampled_from((1, 2, 4)))
+    else:
+        shape |= dict(DROPOUT) if draw(st.booleans()) else {}
+    micro_batches = draw(st.sampled_from((1, 2, 4)))
+    problem = Problem(
+        model=model,
+        shape=tuple(shape.items()),
+        samples=dp * micro_batches * draw(st.integers(1, 2)),
+        masked=draw(st.booleans()),
+        z_loss=model == "llama" and draw(st.booleans()),
+        clip_grad=draw(st.sampled_from((None, 0.01, 1.0))),
+        exclude=draw(st.sampled_from(((), (".*norm.*",)))),
+    )
+    case = Case(
+        problem,
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        engine=draw(st.sampled_from(("afab", "1f1b", "interleaved"))),
+        stages_per_rank=draw(st.sampled_from((None, 1, 2))),
+        micro_batches=micro_batches,
+        sequence_parallel=draw(st.booleans()),
+        overlap=draw(st.booleans()),
+        gather_again=draw(st.booleans()),
+        zero=draw(st.sampled_from((0, 1))),
+        recompute=draw(st.sampled_from((False, True, "selective"))),
+        small_buckets=draw(st.booleans()),
+        pad_vocabulary=draw(st.sampled_from((1, 16))),
+    )
+    assume(not problems(config_of(case)))
+    return case
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_layout_gives_one_processs_numbers(pp: int, data: st.DataObject) -> None:
+    check(data.draw(cases(pp)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_layout_that_was_drawn_gives_one_processs_numbers(pp: int, data: st.DataObject) -> None:
+    check(data.draw(cases(pp)))

@@ -55,8 +55,13 @@ class Pipeline:
         scale  0-d, what the loss sum is multiplied by before backward: 1 / (valid tokens of the whole global batch)
 
         Returns the micro-batches' losses, scaled and summed, 0-d: this rank's part of the global mean loss, 0 where it
-        does not hold the last stage.
+        does not hold the last stage. Raises ValueError for another number of micro-batches than the schedule's.
         """
+        count = self.schedule.micro_batches
+        if len(batches) != count:
+            raise ValueError(
+                f"forward_backward: {len(batches)} micro-batches, but {self.schedule.name} is made for {count}"
+            )
         return _sum(self._run(self.program, batches, scale), like=scale)
 
     @torch.no_grad()

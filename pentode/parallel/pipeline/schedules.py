@@ -14,6 +14,7 @@ A new schedule is a function like those here, its name in ENGINES, and its name 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 
@@ -42,6 +43,11 @@ class Schedule:
     name: str
     placement: tuple[int, ...]
     programs: tuple[Program, ...]
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """How many micro-batches there are in a step."""
+        return 1 + max((action.micro_batch for program in self.programs for action in program), default=-1)
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that a rank holds."""

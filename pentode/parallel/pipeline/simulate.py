@@ -147,7 +147,7 @@ def _transfer(kind: Literal["SEND", "POST"], made: Action, *, peer: int) -> Tran
 
 
 def _check_actions(schedule: Schedule) -> None:
-    """Each micro-batch goes once through every stage, on the rank that holds it, forward and, if at all, backward."""
+    """Each micro-batch goes once through every stage, on the rank that holds it, forward and, if any does, backward."""
     done: set[Action] = set()
     for rank, program in enumerate(schedule.programs):
         for action in program:
@@ -156,14 +156,17 @@ def _check_actions(schedule: Schedule) -> None:
             if not 0 <= action.stage < len(schedule.placement) or schedule.placement[action.stage] != rank:
                 raise RuntimeError(f"pipeline schedule has {action} on rank {rank}, which does not hold that stage")
             done.add(action)
-    wanted = {action._replace(stage=stage) for action in done for stage in range(len(schedule.placement))}
-    if wanted > done:
-        raise RuntimeError(f"pipeline schedule lacks {min(wanted - done)}")
+    kinds, stages = {action.kind for action in done}, range(len(schedule.placement))
+    wanted = {Action(kind, stage, i) for kind in kinds for stage in stages for i in range(schedule.micro_batches)}
+    lacking = wanted - done
+    if lacking:
+        raise RuntimeError(f"pipeline schedule lacks {min(lacking)}")
 
 
 def _peak_live(program: Sequence[Action]) -> int:
+    kept = {action._replace(kind="F") for action in program if action.kind == "B"}
     live = peak = 0
     for action in program:
-        live += 1 if action.kind == "F" else -1
+        live += -1 if action.kind == "B" else action in kept
         peak = max(peak, live)
     return peak

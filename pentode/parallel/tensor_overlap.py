@@ -1,0 +1,227 @@
+"""Tensor-parallel linears that communicate while they multiply: the same numbers as the plain ones in `tensor.py`.
+
+A product over all tokens is cut into one for each rank's tokens. While one part is multiplied, the next is on its way
+(the ring of arXiv:2305.06942, section 3, with one hop a message, which switched links are made for):
+
+    gather, then multiply    this rank's tokens first; those of the others as they come
+    multiply, then scatter   the others' tokens first, each sent on when it is done; this rank's last
+
+The operators are opaque to torch.compile, which would otherwise wait for each message where it is sent.
+
+T tokens, T/tp of them on each rank between cut layers; D features there, F of this rank's inside.
+"""
+# An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pentode.dist.collectives import group_of, start_sum_
+from pentode.dist.mesh import Axis
+from pentode.dist.p2p import Receipt, start_shift
+
+
+def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) -> Tensor:
+    """x W^T of all tokens, from this rank's [T/tp, D]; weight [F, D] -> [T, F].
+
+    forward   all-gather of x along T, under the product
+    backward  reduce-scatter of x's grad along T, under its product; with `gather_again` the all-gather of x once more
+    gradient  of x: complete; of weight: complete for the part held here
+    Keeps all of x, or this rank's tokens with `gather_again`.
+    """
+    return _GatheredLinear.apply(x, weight, tp, gather_again)
+
+
+def scattered_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+    """x W^T summed over the ranks, of this rank's tokens; x [T, F], weight [D, F] -> [T/tp, D].
+
+    forward   reduce-scatter of the product along T, under it
+    backward  all-gather of the result's grad along T, under the product with it
+    gradient  of x: complete; of weight: complete for the part held here
+    Keeps x.
+    """
+    return _ScatteredLinear.apply(x, weight, tp)
+
+
+def replicated_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+    """x W^T, of an x [T, D] that all ranks hold alike; weight [F, D] -> [T, F].
+
+    forward   nothing
+    backward  all-reduce of x's grad, under the product for the weight's
+    gradient  of x: complete; of weight: complete for the part held here
+    Keeps x.
+    """
+    return _ReplicatedLinear.apply(x, weight, tp)
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """forward: all-gather and product; backward: product and reduce-scatter, perhaps all-gather."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, tp: Axis, gather_again: bool) -> Tensor:
+        ctx.tp, ctx.gather_again = tp, gather_again
+        y, whole = gather_matmul(x, weight, True, not gather_again, *_address(tp))
+        ctx.save_for_backward(x if gather_again else whole, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.gather_again:
+            grad_x, x = matmul_scatter_gather(grad, weight, x, *_address(ctx.tp))
+        else:
+            grad_x = matmul_scatter(grad, weight, False, *_address(ctx.tp))
+        return grad_x, grad.T @ x, None, None
+
+
+class _ScatteredLinear(torch.autograd.Function):
+    """forward: product and reduce-scatter; backward: all-gather and product."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        return matmul_scatter(x, weight, True, *_address(tp))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad_x, whole = gather_matmul(grad.contiguous(), weight, False, True, *_address(ctx.tp))
+        return grad_x, whole.T @ x, None
+
+
+class _ReplicatedLinear(torch.autograd.Function):
+    """forward: product; backward: all-reduce under the weight's product."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = matmuls_under_sum(grad.contiguous(), weight, x, *_address(ctx.tp))
+        return grad_x, grad_weight, None
+
+
+@torch.library.custom_op("pentode::gather_matmul", mutates_args=())
+def gather_matmul(
+    x: Tensor, weight: Tensor, transpose: bool, keep: bool, group: str, size: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The product of all ranks' x [t, K] with the weight (or its transpose), and, to `keep`, all of x; else nothing.
+
+    forward   all-gather of x along T
+    backward  none: an operator without a gradient
+    """
+    tp = Axis("tp", size, rank, group_of(group))
+    parts = _start_gather(x, tp)
+    factor = weight.T if transpose else weight
+    y = x.new_empty(size * x.shape[0], factor.shape[1])
+    whole = x.new_empty(y.shape[0] if keep else 0, x.shape[1])
+    for number, part in parts:
+        (rows,) = (x,) if part is None else part.wait()
+        torch.mm(rows, factor, out=y.view(size, -1, y.shape[1])[number])
+        if keep:
+            whole.view(size, -1, x.shape[1])[number] = rows
+    return y, whole
+
+
+@torch.library.custom_op("pentode::matmul_scatter", mutates_args=())
+def matmul_scatter(x: Tensor, weight: Tensor, transpose: bool, group: str, size: int, rank: int) -> Tensor:
+    """This rank's tokens of the sum over ranks of x [T, K] times the weight (or its transpose).
+
+    forward   reduce-scatter of the product along T
+    backward  none: an operator without a gradient
+    """
+    return _matmul_scatter(x, weight.T if transpose else weight, Axis("tp", size, rank, group_of(group)))
+
+
+@torch.library.custom_op("pentode::matmul_scatter_gather", mutates_args=())
+def matmul_scatter_gather(
+    grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """`matmul_scatter` of grad [T, F] and weight [F, D], and all ranks' x [T/tp, D], in one pass.
+
+    forward   all-gather of x along T, then reduce-scatter of the product along T, both under it
+    backward  none: an operator without a gradient
+    """
+    tp = Axis("tp", size, rank, group_of(group))
+    parts = _start_gather(x, tp)
+    grad_x = _matmul_scatter(grad, weight, tp)
+    whole = x.new_empty(size * x.shape[0], x.shape[1])
+    for number, part in parts:
+        (rows,) = (x,) if part is None else part.wait()
+        whole.view(size, -1, x.shape[1])[number] = rows
+    return grad_x, whole
+
+
+@torch.library.custom_op("pentode::matmuls_under_sum", mutates_args=())
+def matmuls_under_sum(
+    grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x, summed over the ranks, and of weight [F, D], from that of x W^T [T, F].
+
+    forward   all-reduce of x's gradient, under the product for the weight's
+    backward  none: an operator without a gradient
+    """
+    grad_x = grad @ weight
+    work = start_sum_(grad_x, Axis("tp", size, rank, group_of(group)))
+    grad_weight = grad.T @ x
+    if work is not None:
+        work.wait()
+    return grad_x, grad_weight
+
+
+OPERATORS = (
+    torch.ops.pentode.gather_matmul.default,
+    torch.ops.pentode.matmul_scatter.default,
+)
+
+
+@gather_matmul.register_fake
+def _(
+    x: Tensor, weight: Tensor, transpose: bool, keep: bool, group: str, size: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    tokens, d_out = size * x.shape[0], weight.shape[0 if transpose else 1]
+    return x.new_empty(tokens, d_out), x.new_empty(tokens if keep else 0, x.shape[1])
+
+
+@matmul_scatter.register_fake
+def _(x: Tensor, weight: Tensor, transpose: bool, group: str, size: int, rank: int) -> Tensor:
+    return x.new_empty(x.shape[0] // size, weight.shape[0 if transpose else 1])
+
+
+@matmul_scatter_gather.register_fake
+def _(grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(size * x.shape[0], x.shape[1])
+
+
+@matmuls_under_sum.register_fake
+def _(grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _address(tp: Axis) -> tuple[str, int, int]:
+    """How an operator is told of an axis: only plain values can be."""
+    assert tp.group is not None, f"axis {tp.name} has size {tp.size} and no group"
+    return tp.group.group_name, tp.size, tp.rank
+
+
+def _start_gather(x: Tensor, tp: Axis) -> list[tuple[int, Receipt | None]]:
+    """Begin to send x to all ranks; the parts' numbers in the order of their coming, this rank's own (None) first."""
+    others = [((tp.rank + hop) % tp.size, start_shift(x, tp, hop=-hop)) for hop in range(1, tp.size)]
+    return [(tp.rank, None), *others]
+
+
+def _matmul_scatter(x: Tensor, factor: Tensor, tp: Axis) -> Tensor:
+    """Multiply the others' tokens first, and send each part on while the next is multiplied."""
+    parts = x.view(tp.size, -1, x.shape[1])
+    arriving = [start_shift(parts[(tp.rank + hop) % tp.size] @ factor, tp, hop=hop) for hop in range(1, tp.size)]
+    total = parts[tp.rank] @ factor
+    for part in arriving:
+        total += part.wait()[0]
+    return total
