@@ -144,6 +144,22 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    file: File,
+    overrides: Overrides = None,
+    schedule: Annotated[bool, typer.Option("--schedule", help="which pipeline rank does what when")] = False,
+    actions: Annotated[bool, typer.Option("--actions", help="also print each rank's program")] = False,
+    save: Annotated[Path | None, typer.Option(help="also draw it here: .png or .svg", metavar="PICTURE")] = None,
+) -> None:
+    """Print what FILE will do before it runs: with --schedule, its pipeline's stages and schedule, drawn."""
+    if not schedule:
+        raise ConfigError(["command line: plan shows one thing so far, and it was not asked for; add --schedule"])
+    from pentode.plan.command import plan_schedule
+
+    plan_schedule(file, overrides or [], actions=actions, save=save)
+
+
+@app.command()
 def schema() -> None:
     """Print the config's JSON Schema, from which editors complete and check."""
     import json

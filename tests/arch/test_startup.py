@@ -21,6 +21,7 @@ COMMANDS = {
     "help of train": (["train", "--help"], CHECK_SECONDS),
     "schema": (["schema"], CHECK_SECONDS),
     "check": (["check", "examples/char_gpt.yaml"], CHECK_SECONDS),
+    "plan": (["plan", "--schedule", "examples/config_tiny_llama.yaml", "parallelism.pp=2"], CHECK_SECONDS),
 }
 
 

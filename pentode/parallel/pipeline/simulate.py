@@ -156,7 +156,8 @@ def _check_actions(schedule: Schedule) -> None:
             if not 0 <= action.stage < len(schedule.placement) or schedule.placement[action.stage] != rank:
                 raise RuntimeError(f"pipeline schedule has {action} on rank {rank}, which does not hold that stage")
             done.add(action)
-    kinds, stages = {action.kind for action in done}, range(len(schedule.placement))
+    kinds: set[Literal["F", "B"]] = {action.kind for action in done}
+    stages = range(len(schedule.placement))
     wanted = {Action(kind, stage, i) for kind in kinds for stage in stages for i in range(schedule.micro_batches)}
     lacking = wanted - done
     if lacking:
