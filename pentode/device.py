@@ -54,10 +54,34 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if is_gpu(device) else "cpu"
 
 
+def small_messages(device: torch.device, *, blocks: int) -> object | None:
+    """Options of a process group whose messages take no more thread blocks of a GPU than this; None for a CPU's."""
+    if not is_gpu(device):
+        return None
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options.config.max_ctas = blocks
+    return options
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if is_gpu(device):
         torch.cuda.synchronize(device)
+
+
+def new_stream(device: torch.device) -> torch.Stream:
+    """A queue of work beside the current one."""
+    return torch.Stream(device)
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """The queue that work on this device goes to."""
+    return torch.accelerator.current_stream(device)
+
+
+def reads(device: torch.device, index: int) -> bool:
+    """Whether the device can read the memory of the GPU of that number on this host."""
+    return torch.cuda.can_device_access_peer(device, index)
 
 
 def memory(device: torch.device) -> Memory:

@@ -20,6 +20,7 @@ from pentode.dist.mesh import Axis
 T = TypeVar("T")
 
 _ops = torch.ops._c10d_functional
+SUMS = (_ops.all_reduce.default, _ops.reduce_scatter_tensor.default)  # what recomputation should rather not send again
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13 renamed both
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -145,7 +146,7 @@ def broadcast_(x: Tensor, axis: Axis, *, source: int) -> Tensor:
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:
-    """Every rank's value, in the order of the axis; for small things that JSON could hold (forward only, no backward)."""
+    """Every rank's value, in the order of the axis; for small things as of JSON (forward only, no backward)."""
     if axis.size == 1:
         return [value]
     found: list[T | None] = [None] * axis.size

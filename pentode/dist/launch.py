@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pentode.dist import symmetric
 from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted
 
 TIMEOUT = timedelta(minutes=20)  # Nanotron's; a rank that writes a large cache alone may take long
@@ -138,6 +139,7 @@ def connect(here: World, *, backend: str, device: torch.device) -> None:
 def disconnect() -> None:
     """Leave the others in order."""
     if dist.is_initialized():
+        symmetric.forget()
         dist.destroy_process_group()
 
 

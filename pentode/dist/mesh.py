@@ -74,6 +74,13 @@ class Mesh:
         )
 
 
+def everyone() -> Axis:
+    """All processes there are, before they are cut into axes; alone, an axis of size 1."""
+    if not dist.is_initialized():
+        return Axis("world")
+    return Axis("world", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+
+
 def coordinates(rank: int, *, pp: int, dp: int, cp: int, tp: int) -> dict[str, int]:
     """The place of a rank of the world on each axis of the grid, by the axis's name."""
     found: dict[str, int] = {}

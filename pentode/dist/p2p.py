@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pentode import device as devices
 from pentode.dist.mesh import Axis
+from pentode.dist.symmetric import Pane, Read, window
 
 Tensors = tuple[Tensor, ...]
+BLOCKS = 4  # thread blocks of a message on a GPU: each takes a multiprocessor, also while it waits for the other side
 
 
 class Form(NamedTuple):
@@ -29,7 +32,7 @@ class Receipt:
     """Tensors on their way here; `sent` is kept until they have come, where one message goes each way."""
 
     tensors: Tensors
-    works: list[dist.Work]
+    works: Sequence[dist.Work | Read]
     sent: Tensor | None = None
 
     def wait(self) -> Tensors:
@@ -39,19 +42,50 @@ class Receipt:
         return self.tensors
 
 
-def start_shift(x: Tensor, axis: Axis, *, hop: int) -> Receipt:
-    """Begin to send x to the rank `hop` further along the axis, counted in a ring, and to receive as much from behind.
+class Ring:
+    """What one operator passes on: tensors that every rank of an axis sends at once, each to the one `hop` further.
 
-    Every rank of the axis calls, with the same hop. Outside autograd (forward only, no backward).
+    All ranks make one, with the same bytes, and call the same. GPUs that can read each other's memory do so
+    (`dist/symmetric.py`); others, and CPUs, send messages.
+
+    nbytes  of all that the operator will pass on
     """
-    sent, found = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, sent, group=axis.group, group_peer=(axis.rank + hop) % axis.size),
-            dist.P2POp(dist.irecv, found, group=axis.group, group_peer=(axis.rank - hop) % axis.size),
-        ]
-    )
-    return Receipt((found,), works, sent)
+
+    def __init__(self, axis: Axis, *, device: torch.device, nbytes: int) -> None:
+        self.axis, self.device = axis, device
+        self.window = window(axis, device, nbytes=nbytes)
+        self._panes: dict[int, Pane] = {}
+        if self.window is not None:
+            self.window.turn()
+
+    def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory to compute something in that is to be passed on; elsewhere it would be copied first."""
+        if self.window is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        pane = self.window.take(shape, dtype)
+        self._panes[pane.here.data_ptr()] = pane
+        return pane.here
+
+    def start(self, x: Tensor, *, hop: int, into: Tensor) -> Receipt:
+        """Begin to pass x on to the rank `hop` further, and to receive as much from behind; forward only, no backward.
+
+        x is not to be changed before the receipt has been waited for.
+        """
+        target, source = ((self.axis.rank + move) % self.axis.size for move in (hop, -hop))
+        if self.window is None:
+            sent = x.contiguous()
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, group=self.axis.group, group_peer=target),
+                    dist.P2POp(dist.irecv, into, group=self.axis.group, group_peer=source),
+                ]
+            )
+            return Receipt((into,), works, sent)
+        pane = self._panes.get(x.data_ptr())
+        if pane is None:
+            pane = self._panes[x.data_ptr()] = self.window.take(tuple(x.shape), x.dtype)
+            pane.here.copy_(x)
+        return Receipt((into,), [self.window.start_read(pane, source, into)])
 
 
 class Channels:
@@ -93,12 +127,12 @@ def connect(pp: Axis, *, device: torch.device) -> Channels:
     """
     if pp.size == 1:
         return Channels({}, rank=0, device=device)
-    lines = _every_line(pp)
+    lines, options = _every_line(pp), devices.small_messages(device, blocks=BLOCKS)
     pairs = sorted({pair for i in range(pp.size) for pair in ((i, (i + 1) % pp.size), ((i + 1) % pp.size, i))})
     groups: dict[tuple[int, int], dist.ProcessGroup] = {}
     for line in lines:
         for source, target in pairs:
-            group = dist.new_group([line[source], line[target]])
+            group = dist.new_group([line[source], line[target]], pg_options=options)
             if line[pp.rank] == dist.get_rank() and pp.rank in (source, target):
                 assert isinstance(group, dist.ProcessGroup), f"rank {pp.rank} got no group for {source} -> {target}"
                 groups[source, target] = group

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pentode.dist.collectives import SUMS
 from pentode.parallel import tensor_overlap
 
 Mode = Literal[True, False, "selective"]
@@ -25,8 +26,7 @@ KEPT = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops._c10d_functional.all_reduce.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        *SUMS,
         *tensor_overlap.OPERATORS,
     }
 )

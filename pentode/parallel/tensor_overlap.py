@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist.collectives import group_of, start_sum_
 from pentode.dist.mesh import Axis
-from pentode.dist.p2p import Receipt, start_shift
+from pentode.dist.p2p import Receipt, Ring
 
 
 def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) -> Tensor:
@@ -117,17 +117,18 @@ def gather_matmul(
     forward   all-gather of x along T
     backward  none: an operator without a gradient
     """
-    tp = Axis("tp", size, rank, group_of(group))
-    parts = _start_gather(x, tp)
     factor = weight.T if transpose else weight
-    y = x.new_empty(size * x.shape[0], factor.shape[1])
-    whole = x.new_empty(y.shape[0] if keep else 0, x.shape[1])
-    for number, part in parts:
-        (rows,) = (x,) if part is None else part.wait()
-        torch.mm(rows, factor, out=y.view(size, -1, y.shape[1])[number])
-        if keep:
-            whole.view(size, -1, x.shape[1])[number] = rows
-    return y, whole
+    tp = Axis("tp", size, rank, group_of(group))
+    whole = x.new_empty(size, *x.shape)
+    y = x.new_empty(size, x.shape[0], factor.shape[1])
+    arriving = _start_gather(Ring(tp, device=x.device, nbytes=x.nbytes), x, whole)
+    torch.mm(x, factor, out=y[rank])
+    for number, part in arriving:
+        part.wait()
+        torch.mm(whole[number], factor, out=y[number])
+    if keep:
+        whole[rank] = x
+    return y.flatten(0, 1), whole.flatten(0, 1) if keep else x.new_empty(0, x.shape[1])
 
 
 @torch.library.custom_op("pentode::matmul_scatter", mutates_args=())
@@ -137,7 +138,9 @@ def matmul_scatter(x: Tensor, weight: Tensor, transpose: bool, group: str, size:
     forward   reduce-scatter of the product along T
     backward  none: an operator without a gradient
     """
-    return _matmul_scatter(x, weight.T if transpose else weight, Axis("tp", size, rank, group_of(group)))
+    factor = weight.T if transpose else weight
+    tp = Axis("tp", size, rank, group_of(group))
+    return _matmul_scatter(x, factor, Ring(tp, device=x.device, nbytes=_passed_on(x, factor, size)))
 
 
 @torch.library.custom_op("pentode::matmul_scatter_gather", mutates_args=())
@@ -150,13 +153,14 @@ def matmul_scatter_gather(
     backward  none: an operator without a gradient
     """
     tp = Axis("tp", size, rank, group_of(group))
-    parts = _start_gather(x, tp)
-    grad_x = _matmul_scatter(grad, weight, tp)
-    whole = x.new_empty(size * x.shape[0], x.shape[1])
-    for number, part in parts:
-        (rows,) = (x,) if part is None else part.wait()
-        whole.view(size, -1, x.shape[1])[number] = rows
-    return grad_x, whole
+    ring = Ring(tp, device=x.device, nbytes=x.nbytes + _passed_on(grad, weight, size))
+    whole = x.new_empty(size, *x.shape)
+    arriving = _start_gather(ring, x, whole)
+    whole[rank] = x
+    grad_x = _matmul_scatter(grad, weight, ring)
+    for _, part in arriving:
+        part.wait()
+    return grad_x, whole.flatten(0, 1)
 
 
 @torch.library.custom_op("pentode::matmuls_under_sum", mutates_args=())
@@ -211,17 +215,28 @@ def _address(tp: Axis) -> tuple[str, int, int]:
     return tp.group.group_name, tp.size, tp.rank
 
 
-def _start_gather(x: Tensor, tp: Axis) -> list[tuple[int, Receipt | None]]:
-    """Begin to send x to all ranks; the parts' numbers in the order of their coming, this rank's own (None) first."""
-    others = [((tp.rank + hop) % tp.size, start_shift(x, tp, hop=-hop)) for hop in range(1, tp.size)]
-    return [(tp.rank, None), *others]
+def _start_gather(ring: Ring, x: Tensor, whole: Tensor) -> list[tuple[int, Receipt]]:
+    """Begin to fill the other ranks' parts of `whole` [tp, t, K]; their numbers, in the order of their coming."""
+    rank, size = ring.axis.rank, ring.axis.size
+    numbers = [(rank + hop) % size for hop in range(1, size)]
+    return [(number, ring.start(x, hop=rank - number, into=whole[number])) for number in numbers]
 
 
-def _matmul_scatter(x: Tensor, factor: Tensor, tp: Axis) -> Tensor:
-    """Multiply the others' tokens first, and send each part on while the next is multiplied."""
-    parts = x.view(tp.size, -1, x.shape[1])
-    arriving = [start_shift(parts[(tp.rank + hop) % tp.size] @ factor, tp, hop=hop) for hop in range(1, tp.size)]
-    total = parts[tp.rank] @ factor
+def _matmul_scatter(x: Tensor, factor: Tensor, ring: Ring) -> Tensor:
+    """Multiply the others' tokens first, and pass each part on while the next is multiplied."""
+    rank, size = ring.axis.rank, ring.axis.size
+    parts = x.view(size, -1, x.shape[1])
+    arriving = []
+    for hop in range(1, size):
+        made = ring.room(parts.shape[1], factor.shape[1], dtype=x.dtype)
+        torch.mm(parts[(rank + hop) % size], factor, out=made)
+        arriving.append(ring.start(made, hop=hop, into=torch.empty_like(made)))
+    total = parts[rank] @ factor
     for part in arriving:
         total += part.wait()[0]
     return total
+
+
+def _passed_on(x: Tensor, factor: Tensor, size: int) -> int:
+    """Bytes of the product [T, D] that belong to other ranks."""
+    return x.shape[0] // size * (size - 1) * factor.shape[1] * x.itemsize

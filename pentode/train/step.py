@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pentode.dist import collectives
-from pentode.dist.mesh import Axis, Mesh
+from pentode.dist.mesh import Mesh
 from pentode.optim import clip
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
@@ -31,8 +31,9 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
 
     A step whose loss or norm is not finite changes nothing, nor does any step after it (`Run.healthy`).
     """
+    check_weights(run)
     check_batches(run, batches)
-    tokens = valid_tokens(batches, run.mesh.data)
+    tokens = valid_tokens(batches, run.mesh)
     run.master.start_step(len(batches))
     loss = run.pipeline.forward_backward(batches, scale=1 / tokens.to(run.loss_dtype))
     run.master.finish_gradients()
@@ -44,7 +45,6 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
     scale = clip.clip_scale(norm, run.config.optimizer.clip_grad)
     run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy)
     run.master.publish()
-    check_weights(run)
     return StepResult(loss, norm)
 
 
@@ -59,10 +59,11 @@ def world_sums(loss: Tensor, squared_norm: Tensor, mesh: Mesh) -> tuple[Tensor, 
     return total.to(loss.dtype), square.to(squared_norm.dtype)
 
 
-def valid_tokens(batches: Sequence[Batch], data: Axis) -> Tensor:
+def valid_tokens(batches: Sequence[Batch], mesh: Mesh) -> Tensor:
     """How many tokens of the whole global batch have a label, 0-d int64; counted before the first forward.
 
-    At least 1, so that a batch without labels has the loss 0.
+    At least 1, so that a batch without labels has the loss 0. The ranks of a replica count the same tokens; summed
+    over `world` all the same, since a message over `data` would queue behind the weights that are on their way.
     """
     count = torch.stack([batch.valid() for batch in batches]).sum()
-    return collectives.sum_(count, data).clamp(min=1)
+    return (collectives.sum_(count, mesh.world) // mesh.model.size).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Worlds of gloo ranks that stay: a test's body runs on some of eight processes, which live as long as the session.
+"""Worlds of ranks that stay: a test's body runs on some of eight processes, which live as long as the session.
 
 WORLD.run(body, 4, case=case)     # a function at module level; its results, by rank
 
@@ -34,9 +34,10 @@ class _Rank:
 
 
 class World:
-    """Up to as many processes as the largest call so far needed."""
+    """Up to as many processes as the largest call so far needed; with nccl, each has the GPU of its rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        self.backend = backend
         self._ranks: list[_Rank] = []
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
@@ -44,7 +45,7 @@ class World:
         context = multiprocessing.get_context("forkserver")
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process = context.Process(target=_serve, args=(there, self.backend), daemon=True)
             process.start()
             self._ranks.append(_Rank(process, here))
         helper = body.__module__.startswith("tests.helpers.")  # a test's own module has another name there
@@ -85,7 +86,7 @@ class World:
         return found
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, backend: str) -> None:
     """Do what is asked until nobody asks any more."""
     import torch
     import torch.distributed as dist
@@ -102,7 +103,8 @@ def _serve(pipe: Connection) -> None:
                 modules[source] = (
                     _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
                 )
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+            own = torch.device("cuda", rank) if backend == "nccl" else None
+            dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=ranks, device_id=own)
             pipe.send((True, getattr(modules[source], name)(**arguments)))
         except BaseException:  # noqa: BLE001
             pipe.send((False, traceback.format_exc()))

@@ -83,7 +83,7 @@ def test_the_loss_is_the_mean_over_labels_not_over_micro_batches(tmp_path: Path)
     batches = [masked(first, 3), second]
     with torch.no_grad():
         expected = sum(run.stages[0](None, batch) for batch in batches) / (3 + second.labels.numel())
-    assert valid_tokens(batches, run.mesh.data).item() == 3 + second.labels.numel()
+    assert valid_tokens(batches, run.mesh).item() == 3 + second.labels.numel()
     torch.testing.assert_close(train_step(run, batches, learning_rate=1e-3).loss, expected)
 
 

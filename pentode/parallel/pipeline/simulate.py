@@ -44,17 +44,25 @@ class Timeline:
 
 
 def simulate(
-    schedule: Schedule, *, costs: Mapping[str, float] = COSTS, stage_costs: Sequence[float] | None = None
+    schedule: Schedule,
+    *,
+    costs: Mapping[str, float] = COSTS,
+    stage_costs: Sequence[float] | None = None,
+    durations: Mapping[tuple[str, int], float] | None = None,
 ) -> Timeline:
     """Run the programs against what their actions need.
 
     costs        of the kinds of action
     stage_costs  what those of each stage are multiplied by; 1 for all by default
+    durations    of each kind of action on each stage, as measured, in place of those two
 
     Raises RuntimeError if an action is missing, done twice or on a wrong rank, or if ranks would wait for ever.
     """
     _check_actions(schedule)
     factors = stage_costs or [1.0] * len(schedule.placement)
+    long = durations or {
+        (kind, stage): cost * factor for kind, cost in costs.items() for stage, factor in enumerate(factors)
+    }
     ends: dict[Action, float] = {}
     spans: dict[Action, tuple[float, float]] = {}
     clocks, places = [0.0] * len(schedule.programs), [0] * len(schedule.programs)
@@ -68,7 +76,7 @@ def simulate(
                 if any(need not in ends for need in needs):
                     break
                 start = max([clocks[rank], *(ends[need] for need in needs)])
-                ends[action] = clocks[rank] = start + costs[action.kind] * factors[action.stage]
+                ends[action] = clocks[rank] = start + long[action.kind, action.stage]
                 spans[action] = start, clocks[rank]
                 places[rank] += 1
                 left -= 1
