@@ -24,16 +24,16 @@ from tests.helpers.cases import whole
 from tests.helpers.config import small
 
 STEPS = 20
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3.5e-4
 # eps as large as gradients are: with a small one, Adam steps far where a gradient is all rounding, and two runs part.
 ADAM = {"adam_eps": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.95, "torch_adam_is_fused": True}
-SAMPLES, SEQUENCE, VOCABULARY = 8, 128, 500
+SAMPLES, SEQUENCE, VOCABULARY = 8, 64, 500
 SEEN = 40  # tokens that the batch has: to learn just that is a loss of 2.5 nats less
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
         "type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gpt2": {
         "type": "gpt2",
-        "n_embd": 256,
+        "n_embd": 128,
         "n_layer": 4,
         "n_head": 4,
         "n_positions": SEQUENCE,
