@@ -121,7 +121,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if tp * pp > 1 and launch.world().size == 1:
-        refuse_early(path, tp=tp, pp=pp)
+        refuse_early(path, prompt or [""], tp=tp, pp=pp)
         options = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p}
         options |= {"seed": seed, "device": device, "tp": tp, "pp": pp}
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -222,5 +222,6 @@ def _explain(error: Exception) -> int:
     if code is None:
         traceback.print_exc()
         return INTERNAL
-    print(f"pentode: {error}", file=sys.stderr)
+    if not getattr(error, "told", False):
+        print(f"pentode: {error}", file=sys.stderr)
     return code

@@ -32,16 +32,19 @@ class CheckpointError(RuntimeError):
     exit_code = 66
 
 
-class NonFiniteError(RuntimeError):
+class RankwideError(RuntimeError):
+    """Raised alike on all ranks of a run; `told` once one of them has printed it."""
+
+    exit_code = INTERNAL
+    told = False
+
+
+class NonFiniteError(RankwideError):
     """The loss or the gradient is not a finite number; the weights are those of the last good step."""
 
-    exit_code = INTERNAL
 
-
-class SanityError(RuntimeError):
+class SanityError(RankwideError):
     """Ranks that must hold the same do not: our bug, or a broken machine."""
-
-    exit_code = INTERNAL
 
 
 class StorageError(RuntimeError):

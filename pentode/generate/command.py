@@ -21,7 +21,7 @@ from pentode.dist.p2p import connect
 from pentode.errors import CheckpointError, ConfigError
 from pentode.generate.engine import Speaker
 from pentode.generate.sampling import Sampling
-from pentode.generate.text import continue_text
+from pentode.generate.text import continue_text, first_ids
 from pentode.run.build import build_mesh, build_stages, names_of_model
 
 RULE = "-" * 40
@@ -53,15 +53,18 @@ def generate_from(
         launch.disconnect()
 
 
-def refuse_early(path: Path, *, tp: int, pp: int) -> None:
-    """Raise what is wrong with the checkpoint or the layout, once: processes that are started would all say it."""
-    _config(_checkpoint(path), tp=tp, pp=pp, world_size=tp * pp)
+def refuse_early(path: Path, prompts: Sequence[str], *, tp: int, pp: int) -> None:
+    """Raise what is wrong with checkpoint, layout or prompts, once: processes that are started would all say it."""
+    checkpoint = _checkpoint(path)
+    config, tokenizer = _config(checkpoint, tp=tp, pp=pp, world_size=tp * pp), _tokenizer(checkpoint)
+    for prompt in prompts:
+        first_ids(tokenizer, prompt, vocab_size=config.model.model_config.vocab_size)
 
 
 def _speaker(checkpoint: Checkpoint, config: Config, device: torch.device) -> Speaker:
     """The model of the checkpoint, this rank's part of it."""
     mesh = build_mesh(config)
-    stages = build_stages(config, mesh, device)
+    stages = build_stages(config, mesh, device, training=False)
     parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
     weights = {name: Saved.of(p.detach(), p.spec.global_shape, p.spec.boxes()) for name, p in parameters.items()}
     checkpoint.read("weights", weights, names=names_of_model(stages, mesh))
@@ -80,9 +83,10 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _config(checkpoint: Checkpoint, *, tp: int, pp: int, world_size: int) -> Config:
-    """The checkpoint's config, in another layout."""
+    """The checkpoint's config, in another layout: without what only training does, so that its rules do not bind."""
     checkpoint.file("config.yaml")  # proves its checksum
     layout = {"dp": 1, "tp": tp, "pp": pp, "pp_engine": "afab", "pp_stages_per_rank": 1, "context_parallel_size": 1}
+    layout |= {"tp_mode": "ALL_REDUCE", "tp_linear_async_communication": "false"}
     overrides = [f"parallelism.{key}={value}" for key, value in layout.items()]
     config = load_config(checkpoint.folder / "config.yaml", overrides)
     found = problems(config, world_size=world_size)

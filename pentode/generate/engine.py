@@ -119,6 +119,7 @@ def _continue(speaker: Speaker, tokens: Tensor, sampling: Sampling, max_position
     rows = tokens.shape[0]
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)
+    first_of_last = speaker.placement[-1] * speaker.mesh.tp.size  # of the ranks of the last stage; its draw counts
     reader, unread = None, tokens[:, -max_positions:]
     for left in range(sampling.max_new_tokens, 0, -1):
         if reader is not None and reader.length == max_positions:
@@ -126,9 +127,10 @@ def _continue(speaker: Speaker, tokens: Tensor, sampling: Sampling, max_position
         if reader is None:
             reader = speaker.reader(rows, min(unread.shape[1] + left - 1, max_positions))  # the last is never read
         logits = reader.logits(unread)  # [B, V]
-        drawn = tokens.new_empty(rows) if logits is None else next_tokens(logits, sampling=sampling, generator=generator)
-        last = speaker.placement[-1] * speaker.mesh.tp.size  # of those that hold the last stage, the first one draws
-        drawn = broadcast_(drawn, speaker.mesh.model, source=last)
+        drawn = tokens.new_empty(rows)  # [B]
+        if logits is not None:
+            drawn = next_tokens(logits, sampling=sampling, generator=generator)
+        broadcast_(drawn, speaker.mesh.model, source=first_of_last)
         if eos_id is not None:
             drawn = drawn.masked_fill(ended, eos_id)
             ended |= drawn == eos_id

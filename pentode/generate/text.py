@@ -24,12 +24,8 @@ def continue_text(
     Tokens that only the model has, whose vocabulary may be the larger one, are left out.
     DataError for a prompt that the tokenizer or the model has no token for.
     """
-    speaker, ids = Speaker.of(model), _prompt_ids(tokenizer, prompt)
-    start = ids or _beginning(tokenizer)
-    if max(start) >= speaker.vocab_size:
-        raise DataError(
-            f"prompt: has token id {max(start)}, beyond the model's vocabulary of {speaker.vocab_size}; leave it out"
-        )
+    speaker = Speaker.of(model)
+    ids, start = first_ids(tokenizer, prompt, vocab_size=speaker.vocab_size)
     found = generate(
         speaker,
         torch.tensor([start], device=device),
@@ -47,6 +43,17 @@ def context_length(config: Config) -> int:
     """How many tokens the model has learned to read at once: positions beyond its longest sequences are untrained."""
     lengths = [stage.sequence_length or config.tokens.sequence_length for stage in config.data_stages]
     return min(config.model.model_config.max_positions, max(lengths))
+
+
+def first_ids(tokenizer: Tokenizer, prompt: str, *, vocab_size: int) -> tuple[list[int], list[int]]:
+    """The prompt's tokens, and those that the model reads first: the same ones, or what stands before a new text."""
+    ids = _prompt_ids(tokenizer, prompt)
+    start = ids or _beginning(tokenizer)
+    if max(start) >= vocab_size:
+        raise DataError(
+            f"prompt: has token id {max(start)}, beyond the model's vocabulary of {vocab_size}; leave it out"
+        )
+    return ids, start
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
