@@ -32,6 +32,21 @@ def check_agreement(config: Config, world: Axis) -> None:
             raise ConfigError([f"{name}: {found}; {remedy}"])
 
 
+def ranks_in_words(numbers: Sequence[int]) -> str:
+    """Rising numbers as `rank 1`, `ranks 0, 2 and 3`, `ranks 0 and 2-7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words: list[str] = []
+    for run in runs:
+        words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+    *some, last = words
+    return f"ranks {', '.join(some)} and {last}" if some else f"rank{'s' * (len(numbers) > 1)} {last}"
+
+
 def _versions() -> dict[str, str]:
     return {"pentode": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
 
@@ -56,22 +71,7 @@ def _difference(ranks: Sequence[Mapping[str, str]]) -> str | None:
         for number, rank in enumerate(ranks):
             holders.setdefault(rank.get(key, ABSENT), []).append(number)
         if len(holders) > 1:
-            values = [f"{value} on {_ranks(numbers)}" for value, numbers in list(holders.items())[:SHOWN]]
+            values = [f"{value} on {ranks_in_words(numbers)}" for value, numbers in list(holders.items())[:SHOWN]]
             more = f", and {len(holders) - SHOWN} more values" if len(holders) > SHOWN else ""
             return f"{key} is {', '.join(values)}{more}"
     return None
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    """`rank 1`, `ranks 0, 2 and 3`, `ranks 0 and 2-7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    words: list[str] = []
-    for run in runs:
-        words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
-    *some, last = words
-    return f"ranks {', '.join(some)} and {last}" if some else f"rank{'s' * (len(numbers) > 1)} {last}"

@@ -25,7 +25,6 @@ from pentode.parallel.pipeline.partition import stage_layers
 from pentode.parallel.pipeline.runner import Pipeline
 from pentode.parallel.pipeline.schedules import make_schedule
 from pentode.parallel.spec import specs_of
-from pentode.run.agree import check_agreement
 from pentode.run.compiled import prepare_blocks
 from pentode.run.feed import Feed
 
@@ -67,7 +66,6 @@ def build(config: Config, world: World, *, first_step: int) -> Run:
     if config.general.deterministic:
         devices.be_deterministic()
     mesh = build_mesh(config) if world.size > 1 else Mesh.single()
-    check_agreement(config, mesh.world)
     feed = Feed(config, mesh, device)
     config = _with_vocabulary(config, feed, first_step)
     log.info("Building model..")

@@ -12,6 +12,7 @@ from pentode.optim.schedule import learning_rate
 from pentode.run.build import Run, memory_line
 from pentode.train.evaluate import validation_loss
 from pentode.train.journal import FIRST_STEPS, Done, Journal
+from pentode.train.sanity import check_state, check_weights
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, save_state
 from pentode.train.step import train_step
@@ -39,6 +40,8 @@ def train(
             return
         journal.flush()
         with journal.meter.outside():
+            check_weights(run)
+            check_state(run, state)
             log.warning(f"Saving checkpoint at {root / str(state.step)}")
             save_state(run, state, root)
             saved = state.step

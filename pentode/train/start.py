@@ -1,5 +1,6 @@
 """From a config to a trained model: join the world, find where to go on from, build, train, close."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,11 +16,12 @@ from pentode.checkpoint.save import clean, remove_run
 from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
-from pentode.dist.collectives import wait_for_all
-from pentode.dist.mesh import coordinates
-from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted
+from pentode.dist.collectives import gather_objects, wait_for_all
+from pentode.dist.mesh import coordinates, everyone
+from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted, RankwideError
 from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
+from pentode.run.agree import check_agreement
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.loop import refresh, train
 from pentode.train.signals import StopSignal
@@ -62,6 +64,7 @@ def start(
     launch.connect(here, backend=devices.backend(device), device=device)
     root = config.checkpoints.checkpoints_path
     try:
+        check_agreement(config, everyone())  # before anything is touched, and before groups that a layout decides
         with locked(root) if here.rank == 0 else nullcontext(), StopSignal(device) as stop:
             if fresh and here.rank == 0:
                 remove_run(root)
@@ -70,8 +73,20 @@ def start(
             for note in notes:
                 log.warning(note)
             _train_in(root, config, here, stop, after_save, at_end)
+    except RankwideError as error:
+        _tell_once(error, here)
+        raise
     finally:
         launch.disconnect()
+
+
+def _tell_once(error: RankwideError, here: launch.World) -> None:
+    """Print on the first rank what all of them raise, before any of them leaves: launchers then end the others."""
+    if here.size > 1:
+        if here.rank == 0:
+            print(f"pentode: {error}", file=sys.stderr, flush=True)
+        wait_for_all()
+        error.told = True
 
 
 def _train_in(
@@ -149,10 +164,22 @@ def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None
     if here.rank != 0:
         own = newest(root)
     other = config.checkpoints.resume_checkpoint_path
-    if own is not None or other is None:
-        return own
-    found = open_checkpoint(other) if (other / MANIFEST).exists() else newest(other)
-    if found is None:
-        raise CheckpointError(f"checkpoints.resume_checkpoint_path: {other} holds no checkpoint")
-    found.verify()
+    found = own
+    if own is None and other is not None:
+        found = open_checkpoint(other) if (other / MANIFEST).exists() else newest(other)
+        if found is None:
+            raise CheckpointError(f"checkpoints.resume_checkpoint_path: {other} holds no checkpoint")
+        found.verify()
+    _check_that_all_found(found, root)
     return found
+
+
+def _check_that_all_found(found: Checkpoint | None, root: Path) -> None:
+    """Refuse to go on from one checkpoint here and another, or none, there."""
+    first, *others = gather_objects(f"step {found.step}" if found else "no checkpoint", everyone())
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise CheckpointError(
+                f"{root}: rank 0 found {first} to go on from, rank {rank} {other}; "
+                "checkpoints must be in a folder that all ranks see"
+            )

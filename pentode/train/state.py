@@ -75,7 +75,7 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
     names = names_of_model(run.stages, run.mesh)
     checkpoint.read("weights", _weights(run, owned=False), names=names)
     if optimizer:
-        kinds = _kinds(run)
+        kinds = beside_shards(run)
         checkpoint.read(
             "optimizer", _optimizer(run, owned=False), names=[f"{k}/{name}" for k in kinds for name in names]
         )
@@ -101,6 +101,12 @@ def check_data(run: Run, state: TrainState) -> None:
         )
 
 
+def beside_shards(run: Run) -> dict[str, list[torch.Tensor]]:
+    """What a run keeps for each shard, by kind: masters, where they are not the weights, and the optimizer's own."""
+    masters = {} if run.master.shares_storage else {"master": [shard.weight for shard in run.master.shards]}
+    return masters | run.optimizer.state()
+
+
 def _weights(run: Run, *, owned: bool) -> dict[str, Saved]:
     """The model's weights that this rank holds, or of all that it holds alike with others, only what it writes."""
     if owned and run.mesh.data.rank > 0:
@@ -118,15 +124,9 @@ def _optimizer(run: Run, *, owned: bool) -> dict[str, Saved]:
         return {}
     specs = {name: spec for stage in run.stages.values() for name, spec in specs_of(stage).items()}
     found = {}
-    for kind, tensors in _kinds(run).items():
+    for kind, tensors in beside_shards(run).items():
         for name, parts in run.master.by_name(tensors).items():
             spec = specs[name]
             pieces = [piece for start, flat in parts for piece in pieces_of_range(spec, flat, start, owned=owned)]
             found[f"{kind}/{name}"] = Saved(spec.global_shape, pieces)
     return found
-
-
-def _kinds(run: Run) -> dict[str, list[torch.Tensor]]:
-    """The tensors beside the shards, by the name of their kind."""
-    masters = {} if run.master.shares_storage else {"master": [shard.weight for shard in run.master.shards]}
-    return masters | run.optimizer.state()
