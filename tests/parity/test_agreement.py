@@ -1,6 +1,12 @@
 """Ranks that were not started alike all refuse, with one line that says who differs and how."""
 
+import os
 import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +19,8 @@ from pentode.errors import ConfigError
 from pentode.run import agree
 from pentode.run.agree import check_agreement
 from tests.helpers.config import outcome, small
+from tests.helpers.source import ROOT
+from tests.helpers.tiny import rows, tiny_yaml
 from tests.helpers.world import WORLD
 
 GPT2 = {"type": "gpt2", "vocab_size": 256}
@@ -115,3 +123,84 @@ def test_ranks_are_named_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(10, 20, *[10] * 6) == "10 on ranks 0 and 2-7, 20 on rank 1"
     assert line(*[10] * 6, 20) == "10 on ranks 0-5, 20 on rank 6"
     assert line(*range(8)) == "0 on rank 0, 1 on rank 1, 2 on rank 2, and 5 more values"
+
+
+def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] = ()) -> list[tuple[int, str]]:
+    """`pentode train` with the words of each rank, as srun starts them: exit codes, and what was said on stderr.
+
+    Each rank works in its folder of `folders`, or all of them at the root.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    step = {"SLURM_STEP_NUM_TASKS": str(len(words)), "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pentode", "train", str(file), *own],
+            env=usual | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "PYTHONPATH": str(ROOT)},
+            cwd=folders[rank] if folders else ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, own in enumerate(words)
+    ]
+    try:
+        told = [rank.communicate(timeout=300)[1] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, told, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+TWO = ("parallelism.dp=2", "tokens.train_steps=2", "tokens.val_check_interval=-1")
+
+
+def test_tasks_that_slurm_started_train_together(tmp_path: Path) -> None:
+    file = tiny_yaml(tmp_path)
+    assert started_by_slurm(file, TWO, TWO) == [(0, ""), (0, "")]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert rows(tmp_path / "run")[-1]["consumed_tokens"] == 2 * 2 * 8 * 16  # of both tasks
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            (["general.seed=1", "tokens.train_steps=3"], ["general.seed=2"]),
+            "config: general.seed is 1 on rank 0, 2 on rank 1; start all ranks with the same file\n",
+        ),
+        (
+            (["parallelism.dp=1", "parallelism.tp=2"], []),  # each is a layout of two; their groups are not the same
+            "config: parallelism.dp is 1 on rank 0, 2 on rank 1; start all ranks with the same file\n",
+        ),
+        (
+            (["parallelism.dp=3"], ["parallelism.dp=3"]),
+            "parallelism: pp=1 x dp=3 x cp=1 x tp=1 = 3 ranks, but WORLD_SIZE is 2\n",
+        ),
+    ],
+    ids=["seed", "layout", "world"],
+)
+def test_processes_that_differ_end_with_64_before_step_1(
+    words: tuple[list[str], ...], told: str, tmp_path: Path
+) -> None:
+    file = tiny_yaml(tmp_path)
+    assert started_by_slurm(file, *((*TWO, *own, "--fresh") for own in words)) == [(64, told)] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_see_other_checkpoints_end_with_66(tmp_path: Path) -> None:
+    file = tiny_yaml(tmp_path)
+    folders = [tmp_path / "host", tmp_path / "other_host"]
+    for folder in folders:
+        folder.mkdir()
+    here = "checkpoints.checkpoints_path=here"
+    alone = ["train", str(file), here, "tokens.train_steps=1", "tokens.val_check_interval=-1"]
+    subprocess.run([sys.executable, "-m", "pentode", *alone], cwd=folders[0], check=True, stdout=subprocess.DEVNULL)
+    told = "pentode: here: rank 0 found step 1 to go on from, rank 1 no checkpoint; checkpoints must be in a folder"
+    for code, text in started_by_slurm(file, (*TWO, here), (*TWO, here), folders=folders):
+        assert code == 66
+        assert text.startswith(told)
+        assert text.count("\n") == 1
