@@ -12,6 +12,8 @@ FILES = sorted(path for folder in ("examples", "configs") for path in (ROOT / fo
 NEEDED = (
     "examples/char_gpt.yaml",
     "examples/config_tiny_llama.yaml",
+    "examples/llama/config_tiny_llama.yaml",
+    "examples/llama/one_process.yaml",
     "configs/nano.yaml",
     "configs/small.yaml",
     "configs/base.yaml",

@@ -241,7 +241,7 @@ def test_the_run_name_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(str(p.relative_to(ROOT)) for d in ("configs", "examples") for p in (ROOT / d).glob("*.yaml"))
+    "name", sorted(str(p.relative_to(ROOT)) for d in ("configs", "examples") for p in (ROOT / d).rglob("*.yaml"))
 )
 def test_every_shipped_yaml_loads_and_loads_back(name: str, tmp_path: Path) -> None:
     config, notes = load_with_notes(ROOT / name)
@@ -251,13 +251,22 @@ def test_every_shipped_yaml_loads_and_loads_back(name: str, tmp_path: Path) -> N
     assert to_yaml(load_config(tmp_path / "again.yaml")) == to_yaml(config)
 
 
-def test_the_python_example_writes_the_shipped_file(tmp_path: Path) -> None:
+def test_the_python_example_writes_the_shipped_files(tmp_path: Path) -> None:
+    shipped = ROOT / "examples" / "llama"
     script = tmp_path / "config_tiny_llama.py"
-    script.write_text((ROOT / "examples" / "config_tiny_llama.py").read_text())
+    script.write_text((shipped / script.name).read_text())
     subprocess.run([sys.executable, str(script)], check=True, cwd=ROOT)
-    written = script.with_suffix(".yaml").read_text()
-    assert written == (ROOT / "examples" / "config_tiny_llama.yaml").read_text()
-    assert load_config(script.with_suffix(".yaml")).model.model_config == load_config(TUTORIAL).model.model_config
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.yaml")}
+    assert written == {path.name: path.read_text() for path in shipped.glob("*.yaml")}
+    eight, one, tutorial = map(load_config, (*(tmp_path / name for name in sorted(written)), TUTORIAL))
+    assert eight.model == one.model == tutorial.model
+    assert (eight.world_size, one.world_size) == (8, 1)
+    assert one.tokens == tutorial.tokens
+
+
+def test_nanotrons_name_of_the_example_is_the_example() -> None:
+    names = ("examples/config_tiny_llama.yaml", "examples/llama/config_tiny_llama.yaml")
+    assert len({(ROOT / name).read_bytes() for name in names}) == 1
 
 
 def test_doremi_is_refused_with_the_reason(tmp_path: Path) -> None:

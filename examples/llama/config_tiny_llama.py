@@ -1,8 +1,9 @@
-"""Builds the config of the tiny Llama in Python and writes it as YAML beside this file.
+"""Builds the configs of the tiny Llama in Python and writes them as YAML beside this file.
 
-usage: python examples/config_tiny_llama.py && pentode train examples/config_tiny_llama.yaml
+usage: python examples/llama/config_tiny_llama.py && pentode train examples/llama/config_tiny_llama.yaml --nproc 8
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from pentode.config.dump import to_yaml
@@ -23,12 +24,22 @@ from pentode.config.schema import (
     TokensArgs,
 )
 
-HEADER = """\
-# The tiny Llama of Nanotron's tutorial, 12.4K parameters; written by config_tiny_llama.py beside this file.
+EIGHT = """\
+# Nanotron's tiny Llama, 12.4K parameters, on eight processes: 2 replicas of 2 stages of 2 tensor-parallel ranks.
+#   torchrun --nproc_per_node=8 run_train.py --config-file examples/llama/config_tiny_llama.yaml
+# One process trains the same with parallelism.dp=1 parallelism.pp=1 parallelism.tp=1 and twice the accumulation.
+"""
+
+ONE = """\
+# The tiny Llama of Nanotron's tutorial on one process.
+#   pentode train examples/llama/one_process.yaml
+"""
+
+DATA = """\
 # It reads the Python manual byte by byte, so that it runs without a network. The tutorial's own data is
 #   tokenizer: {tokenizer_name_or_path: robot-test/dummy-tokenizer-wordlevel}
 #   dataset: {hf_dataset_or_datasets: stas/openwebtext-10k, hf_dataset_splits: train, text_column_name: text}
-# in each stage. Every key is explained in docs/config.md.
+# in each stage. Every key is explained in docs/config.md. Written by config_tiny_llama.py in examples/llama.
 """
 
 MODEL = LlamaConfig(
@@ -45,7 +56,7 @@ MODEL = LlamaConfig(
 
 OPTIMIZER = OptimizerArgs(
     optimizer_factory=AdamWOptimizerArgs(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, torch_adam_is_fused=True),
-    zero_stage=0,
+    zero_stage=1,
     weight_decay=0.01,
     clip_grad=1.0,
     accumulate_grad_in_fp32=True,
@@ -59,11 +70,11 @@ TEXT = DataArgs(dataset=TextFileDatasetArgs(text_file="pydoc_data.topics", token
 CONFIG = Config(
     general=GeneralArgs(project="debug", run="tiny_llama_%date_%jobid"),
     parallelism=ParallelismArgs(
-        dp=1, pp=1, tp=1, pp_engine="1f1b", tp_mode="REDUCE_SCATTER", tp_linear_async_communication=True
+        dp=2, pp=2, tp=2, pp_engine="1f1b", tp_mode="REDUCE_SCATTER", tp_linear_async_communication=True
     ),
     model=ModelArgs(model_config=MODEL, init_method=RandomInit(std=0.025)),
     checkpoints=CheckpointsArgs(checkpoints_path=Path("checkpoints"), checkpoint_interval=10),
-    tokens=TokensArgs(sequence_length=256, train_steps=15, micro_batch_size=2, batch_accumulation_per_replica=1),
+    tokens=TokensArgs(sequence_length=256, train_steps=15, micro_batch_size=2, batch_accumulation_per_replica=2),
     optimizer=OPTIMIZER,
     data_stages=[
         DatasetStageArgs(name="Stable Training Stage", start_training_step=1, data=TEXT),
@@ -71,6 +82,15 @@ CONFIG = Config(
     ],
 )
 
+ONE_PROCESS = replace(
+    CONFIG,
+    parallelism=replace(CONFIG.parallelism, dp=1, pp=1, tp=1),
+    tokens=replace(CONFIG.tokens, batch_accumulation_per_replica=1),
+    optimizer=replace(CONFIG.optimizer, zero_stage=0),
+)
+
 
 if __name__ == "__main__":
-    Path(__file__).with_suffix(".yaml").write_text(HEADER + to_yaml(CONFIG), encoding="utf-8")
+    here = Path(__file__).parent
+    (here / "config_tiny_llama.yaml").write_text(EIGHT + DATA + to_yaml(CONFIG), encoding="utf-8")
+    (here / "one_process.yaml").write_text(ONE + DATA + to_yaml(ONE_PROCESS), encoding="utf-8")
