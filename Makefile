@@ -7,7 +7,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-long test-gpu lint format docs docs-check wheel clean
+.PHONY: setup train test test-long test-mutations test-gpu lint format docs docs-check wheel clean
 
 setup: $(READY)
 
@@ -26,7 +26,10 @@ test: lint
 	$(BIN)/pytest -m "not long and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-long: $(READY)
-	$(BIN)/pytest -m "long and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/pytest -m "long and not gpu" -n $(WORKERS) --dist worksteal --ignore=tests/mutation $(ARGS)
+
+test-mutations: $(READY)
+	$(BIN)/python -m tests.mutation.campaign $(ARGS)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -1,0 +1,62 @@
+"""No place of the parallel code can be written wrongly without a layout that trains other numbers."""
+
+import ast
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.source import ROOT
+from tests.mutation import survivors
+from tests.mutation.mutants import FILES, Mutant, mutants_of
+
+SURE = {"_slice_loss", "train_step", "world_sums"}  # functions whose sums and divisors the two smallest layouts need
+MISSING = {"left out", "not divided"}
+
+
+@pytest.fixture(scope="module")
+def mutants() -> list[Mutant]:
+    return mutants_of(ROOT / "pentode")
+
+
+def campaign(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.mutation.campaign", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_file_that_is_named_has_mutants_or_nothing_to_mutate(mutants: list[Mutant]) -> None:
+    found = Counter(mutant.path.removeprefix("pentode/") for mutant in mutants)
+    assert set(FILES) - set(found) == {"nn/dropout.py", "parallel/recompute.py"}
+
+
+def test_names_are_unique_and_every_mutant_is_python_that_differs(mutants: list[Mutant]) -> None:
+    assert len({mutant.key for mutant in mutants}) == len(mutants)
+    for mutant in mutants:
+        text = (ROOT / mutant.path).read_text(encoding="utf-8")
+        ast.parse(mutant.of(text))
+        written = ast.parse(f"({text[mutant.start : mutant.stop]})")
+        assert ast.dump(ast.parse(mutant.replacement)) != ast.dump(written), mutant.name
+
+
+def test_the_table_names_mutants_that_there_are(mutants: list[Mutant]) -> None:
+    keys = [mutant.key for mutant in mutants]
+    assert survivors.unneeded(tried=keys, living=keys, whole=True) == []
+
+
+def test_a_handful_of_mutants_dies(mutants: list[Mutant], tmp_path: Path) -> None:
+    sure = [mutant for mutant in mutants if mutant.where in SURE and mutant.change in MISSING]
+    names = [mutant.name for mutant in random.Random(0).sample(sure, 3)]
+    only = [option for name in names for option in ("--only", name)]
+    done = campaign("--layouts", "2", "--workers", "2", "--out", str(tmp_path), *only)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "3 mutants: differs 3" in done.stdout
+
+
+@pytest.mark.long
+def test_no_mutant_lives_without_a_reason(tmp_path: Path) -> None:
+    done = campaign("--workers", str(os.cpu_count()), "--out", str(tmp_path))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
