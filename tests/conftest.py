@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from hypothesis import settings
 
+from pentode import log
+
 torch.set_num_threads(1)
 
 settings.register_profile("pentode", deadline=None, derandomize="CI" in os.environ)  # CI: the same examples every time
@@ -23,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> None:
+    """A test that set the log up on a stream of its own leaves it to nobody."""
+    log.setup()
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,7 @@ def _pipeline(c: Config) -> Found:
         )
     elif p.pp_engine == "interleaved" and p.stages_per_rank == 1:
         yield "parallelism.pp_stages_per_rank", "1, but pp_engine interleaved needs more; use 2, or 1f1b"
-    elif p.pp * p.stages_per_rank > layers:
+    if p.pp * p.stages_per_rank > layers:
         stages = f"{p.pp} x {p.stages_per_rank} stages a rank" if p.stages_per_rank > 1 else f"{p.pp} stages"
         most = layers // p.stages_per_rank
         yield (

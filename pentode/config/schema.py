@@ -82,9 +82,11 @@ class ParallelismArgs:
     )
     recompute_layer: Annotated[Literal[True, False, "selective"], Folds] = Field(
         False,
-        description="true: run each block again in backward, to save memory; selective: but matmuls and attention",
+        description="run each block again in backward, to save memory; selective: but matmuls, attention and sums",
     )
-    tp_recompute_allgather: bool = Field(True, description="gather inputs again in backward; no effect at tp=1")
+    tp_recompute_allgather: bool = Field(
+        True, description="with REDUCE_SCATTER, keep a rank's own tokens and gather all again in backward"
+    )
     expert_parallel_size: AtLeastOne = Field(1, description="ranks that share the experts")
     context_parallel_size: AtLeastOne = Field(1, description="ranks that share each sequence")
 
@@ -104,7 +106,9 @@ class ModelArgs:
         "bfloat16", description="type of weights and activations; the optimizer keeps bfloat16's masters in float32"
     )
     make_vocab_size_divisible_by: AtLeastOne = Field(1, description="pad the vocabulary to a multiple of this times tp")
-    ddp_bucket_cap_mb: AtLeastOne = Field(25, description="MiB of gradients that are reduced together")
+    ddp_bucket_cap_mb: AtLeastOne = Field(
+        25, description="MiB of gradients from which whole blocks are reduced together"
+    )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile the blocks; auto: on a GPU")
 
 

@@ -27,7 +27,7 @@ class Axis:
 class Mesh:
     """The axes of the grid, products of them, and two that only some ranks share.
 
-    data   dp x cp: gradients and token counts are summed over it
+    data   dp x cp: gradients are summed over it
     model  pp x tp: together its ranks hold one copy of the model
     world  all of them
     ends   the first and the last pipeline rank, which both hold a tied embedding; size 1 for those between

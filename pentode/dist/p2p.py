@@ -1,6 +1,6 @@
-"""Messages between pipeline ranks: one channel for each ordered pair of neighbours, first in, first out.
+"""Messages between two ranks: the channels of a pipeline, and the ring that tensor-parallel operators pass pieces around.
 
-Both directions of a pair have process groups of their own, so that what one rank sends never queues behind what it
+A channel is for one ordered pair of pipeline neighbours, first in, first out. Both directions of a pair have process groups of their own, so that what one rank sends never queues behind what it
 waits for. Both sides must name a channel's messages in the same order; a schedule's transfers do (`with_transfers`).
 """
 

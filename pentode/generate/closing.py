@@ -19,10 +19,10 @@ def closing_sample(run: Run, root: Path) -> None:
 
     The ranks of the first data-parallel replica speak, the others go home.
     """
+    run.master.wait_for()  # on every rank: none may leave while its weights are on their way to others
     tokenizer = run.feed.tokenizer
     if tokenizer is None or run.mesh.data.rank != 0:
         return
-    run.master.wait_for()
     prompt = tokenizer.decode(run.feed.data.train.samples(np.zeros(1, dtype=np.int64))[0, :PROMPT_TOKENS].tolist())
     speaker = Speaker(run.stages, run.mesh, run.pipeline.channels, run.pipeline.schedule.placement)
     text = continue_text(speaker, tokenizer, prompt, config=run.config, sampling=SAMPLE, device=run.device)

@@ -52,7 +52,7 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
         weight  [V, D] of [vocabulary, D]
 
         group     tp
-        forward   all-reduce (max, then sum) of [n, 1] numbers, three times a slice
+        forward   all-reduce (of a sum, a maximum, a sum) of [n] numbers, three times a slice
         backward  nothing: forward has made the gradients, and backward scales them
         gradient  of weight: complete for the rows held here; of x: partial over tp, summed by the layer that made x
                   (`Place.enter`)

@@ -40,7 +40,7 @@ def recomputing(run: Callable[P, Tensor], mode: Mode) -> Callable[P, Tensor]:
     "selective"  keeps what KEPT lists besides, and computes the rest again: norms, activations, gathered inputs
 
     forward   as `run`
-    backward  moves what `run` moves forward once more, but for what is kept; then as `run`
+    backward  moves what `run` moves forward once more, but for what is kept and what nobody needs; then as `run`
 
     To be compiled, this result is compiled whole: a compiled `run` inside would give silently wrong gradients.
     """

@@ -70,16 +70,20 @@ class Place:
     def enter(self, x: Tensor) -> Tensor:
         """All tokens [T, D], from activations between cut layers, for a layer whose outputs are cut.
 
+        group     tp
         forward   nothing                   | all-gather of x along T
         backward  all-reduce of x's grad    | reduce-scatter of x's grad along T
+        gradient  of x: complete
         """
         return collectives.all_gather(x, self.tp) if self.sequence_parallel else collectives.replicate(x, self.tp)
 
     def leave(self, y: Tensor) -> Tensor:
         """Activations between cut layers, from the ranks' partial sums [T, D].
 
+        group     tp
         forward   all-reduce of y           | reduce-scatter of y along T
         backward  nothing                   | all-gather of y's grad along T
+        gradient  of y: complete
         """
         return collectives.reduce_scatter(y, self.tp) if self.sequence_parallel else collectives.all_reduce(y, self.tp)
 

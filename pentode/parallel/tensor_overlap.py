@@ -25,6 +25,7 @@ from pentode.dist.p2p import Receipt, Ring
 def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) -> Tensor:
     """x W^T of all tokens, from this rank's [T/tp, D]; weight [F, D] -> [T, F].
 
+    group     tp
     forward   all-gather of x along T, under the product
     backward  reduce-scatter of x's grad along T, under its product; with `gather_again` the all-gather of x once more
     gradient  of x: complete; of weight: complete for the part held here
@@ -36,6 +37,7 @@ def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) 
 def scattered_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
     """x W^T summed over the ranks, of this rank's tokens; x [T, F], weight [D, F] -> [T/tp, D].
 
+    group     tp
     forward   reduce-scatter of the product along T, under it
     backward  all-gather of the result's grad along T, under the product with it
     gradient  of x: complete; of weight: complete for the part held here
@@ -47,6 +49,7 @@ def scattered_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
 def replicated_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
     """x W^T, of an x [T, D] that all ranks hold alike; weight [F, D] -> [T, F].
 
+    group     tp
     forward   nothing
     backward  all-reduce of x's grad, under the product for the weight's
     gradient  of x: complete; of weight: complete for the part held here

@@ -47,7 +47,16 @@ MARKER = re.compile(r"\b(TODO(?!\(#\d+\): )|FIXME|XXX|HACK)\b")
 BANNER = re.compile(r"#\s*[#=*~_-]{4,}")
 LICENCE = re.compile(r"\b(Copyright|SPDX|Licensed under)\b", re.IGNORECASE)
 SILENT = {"a", "an", "the", "of", "to", "and", "this", "its", "return", "returns", "get", "gets", "given", "for"}
-BOTH_WAYS = ("pentode/parallel/tensor.py", "pentode/parallel/loss.py", "pentode/dist/collectives.py")
+BOTH_WAYS = tuple(
+    f"pentode/{name}.py"
+    for name in (
+        "parallel/tensor",
+        "parallel/tensor_overlap",
+        "parallel/loss",
+        "parallel/recompute",
+        "dist/collectives",
+    )
+)
 
 
 def imports_go_down(source: Source) -> Iterator[str]:

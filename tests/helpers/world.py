@@ -6,6 +6,7 @@ Any rank's failure fails the call with every rank's traceback, and the next call
 """
 
 import atexit
+import faulthandler
 import importlib
 import importlib.util
 import multiprocessing
@@ -22,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 PATIENCE = 300.0  # seconds after which ranks are taken for hung
+SILENCE = 120.0  # seconds after which a rank tells where it stands
 GRACE = 5.0  # seconds that the others have to fail, too, when one has
 
 multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
@@ -105,9 +107,11 @@ def _serve(pipe: Connection, backend: str) -> None:
                 )
             own = torch.device("cuda", rank) if backend == "nccl" else None
             dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=ranks, device_id=own)
+            faulthandler.dump_traceback_later(SILENCE)
             pipe.send((True, getattr(modules[source], name)(**arguments)))
         except BaseException:  # noqa: BLE001
             pipe.send((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -124,7 +124,7 @@ def one_forward_one_backward(pp: int, micro_batches: int, stages_per_rank: int) 
 def interleaved(pp: int, micro_batches: int, stages_per_rank: int) -> list[list[Action]]:
     """Interleaved 1F1B (arXiv:2104.04473, section 2.2): each rank holds v stages, v times shorter ones.
 
-    bubble (p - 1) / (v m + p - 1), paid for with v times as many messages and more memory: live on rank r are
+    bubble (p - 1) / (v m + p - 1), paid for with (p v - 1) / (p - 1) times the messages, and memory: live on rank r are
     min(v m, (v - 1) p + 2 (p - 1 - r) + 1), as much as p + (p - 1 - 2 r) / v of 1F1B's micro-batches
     """
     if micro_batches % pp:
