@@ -17,6 +17,8 @@ from pentode.config.load import load_config
 from pentode.config.schema import Config
 from pentode.data.tokenizer import OURS, THEIRS, Tokenizer, load_tokenizer
 from pentode.dist import launch
+from pentode.dist.collectives import gather_objects
+from pentode.dist.mesh import everyone
 from pentode.dist.p2p import connect
 from pentode.errors import CheckpointError, ConfigError
 from pentode.generate.engine import Speaker
@@ -44,11 +46,18 @@ def generate_from(
     try:
         speaker = _speaker(checkpoint, config, place)
         for number, prompt in enumerate(prompts):
+            if not all(gather_objects(True, everyone())):
+                return
             own = replace(sampling, seed=sampling.seed + number)
             text = continue_text(speaker, tokenizer, prompt, config=config, sampling=own, device=place)
             if here.rank == 0:
-                yield from [RULE] if number > 0 else []
-                yield log.printable(text) if sys.stdout.isatty() else text  # an untrained model may write anything
+                try:
+                    yield from [RULE] if number > 0 else []
+                    yield log.printable(text) if sys.stdout.isatty() else text  # an untrained model may write anything
+                except GeneratorExit:  # the reader has seen enough, as in `| head`, and the others must hear of it
+                    if number + 1 < len(prompts):
+                        gather_objects(False, everyone())
+                    raise
     finally:
         launch.disconnect()
 

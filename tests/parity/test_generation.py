@@ -162,6 +162,20 @@ def test_two_processes_write_the_text_of_a_checkpoint_of_one(file: Path, capsys:
 
 
 @pytest.mark.parametrize("file", ["llama"], indirect=True)
+def test_a_reader_who_has_seen_enough_ends_all_processes_in_peace(file: Path) -> None:
+    words = ["generate", str(file.parent / "one"), "--tp=2", *["--prompt=the "] * 3]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pentode", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1) == b"t"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1  # as one process does, by typer
+
+
+@pytest.mark.parametrize("file", ["llama"], indirect=True)
 def test_four_processes_train_and_write_as_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, four = file.parent / "one", file.parent / "four"
     command("-m", "pentode", "train", str(file), f"checkpoints.checkpoints_path={four}", "--nproc", "4")
