@@ -175,25 +175,30 @@ def test_a_reader_who_has_seen_enough_ends_all_processes_in_peace(file: Path) ->
         assert process.wait() == 1  # as one process does, by typer
 
 
+@pytest.fixture(scope="module")
+def four(file: Path) -> Path:
+    """The run of four processes."""
+    run = file.parent / "four"
+    command("-m", "pentode", "train", str(file), f"checkpoints.checkpoints_path={run}", "--nproc", "4")
+    return run
+
+
 @pytest.mark.parametrize("file", ["llama"], indirect=True)
-def test_four_processes_train_and_write_as_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, four = file.parent / "one", file.parent / "four"
-    command("-m", "pentode", "train", str(file), f"checkpoints.checkpoints_path={four}", "--nproc", "4")
+def test_a_run_of_four_processes_ends_with_the_sample_of_one(file: Path, four: Path) -> None:
     sample = (four / "sample.txt").read_text()
     assert len(sample) > 400
-    assert sample == (one / "sample.txt").read_text()
+    assert sample == (file.parent / "one" / "sample.txt").read_text()
+
+
+@pytest.mark.parametrize("file", ["llama"], indirect=True)
+def test_run_generate_under_torchrun_writes_as_one_process_does(
+    file: Path, four: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     asked = ["--prompt=the ", "--max-new-tokens=40"]
-    assert run_command(["generate", str(one), "--temperature=0", *asked]) == 0
-    under_torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=4",
-        "run_generate.py",
-        "--ckpt-path",
-        str(four / "8"),
-    ]
-    assert command(*under_torchrun, "--tp=0", "--pp=0", *asked) == capsys.readouterr().out
+    assert run_command(["generate", str(file.parent / "one"), "--temperature=0", *asked]) == 0
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=4", "run_generate.py"]
+    assert command(*launcher, "--ckpt-path", str(four / "8"), "--tp=0", "--pp=0", *asked) == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
