@@ -40,11 +40,12 @@ class World:
 
     def __init__(self, backend: str = "gloo") -> None:
         self.backend = backend
+        self.start = "spawn" if backend == "nccl" else "forkserver"  # what the server has imported looked for GPUs
         self._ranks: list[_Rank] = []
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         """Call `body` on every rank of a new process group; what each returned, in order."""
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context(self.start)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, self.backend), daemon=True)

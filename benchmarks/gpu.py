@@ -1,0 +1,142 @@
+"""Tokens/s, MFU, memory and time to the first step on GPUs, beside torchtitan where that is installed.
+
+usage: python -m benchmarks.gpu [--only NAME ...] [--set KEY=VALUE ...] [--out FOLDER] [--no-trace] [--no-peer]
+
+Each run is a process of its own, training as `pentode train` does: real optimizer, clipping, data order, records. Speed
+is the median of its iteration lines after the first ten steps; then a few steps more are traced. Everything is printed,
+and written to FOLDER/gpu.jsonl.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, STEPS, Case
+
+PEER = Path(__file__).with_name("titan.py")
+FIRST = {"pentode": re.compile(r"iteration: 1 /"), "torchtitan": re.compile(r"step:\s*1\s")}
+
+
+@dataclass
+class Figures:
+    """What a run found. Milliseconds by kind are those of one step, on the first GPU."""
+
+    who: str
+    tokens_per_second: float = 0.0  # of one GPU
+    step_ms: float = 0.0
+    mfu: float = 0.0  # attention in full, as torchtitan and Nanotron count
+    mfu_causal: float = 0.0
+    peak_gib: float = 0.0
+    first_step_s: float = 0.0
+    kinds: dict[str, float] = field(default_factory=dict)
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Time what is asked for and print a line for each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], choices=list(CASES), help="which runs; all, if none is named")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the config")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--no-trace", action="store_true")
+    parser.add_argument("--no-peer", action="store_true")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    print("run | who | tokens/s/GPU | step, ms | MFU full | MFU causal | peak, GiB | first step, s | a step's time, ms")
+    with (asked.out / "gpu.jsonl").open("a", encoding="utf-8") as file:
+        for name in asked.only or CASES:
+            case = CASES[name]
+            ours = run_ours(name, case, changes=asked.set, trace=not asked.no_trace, log=asked.out / f"{name}.log")
+            found = [ours]
+            if not asked.no_peer and case.titan is not None and importlib.util.find_spec("torchtitan"):
+                found.append(run_titan(case, asked.out / f"{name}-titan.log"))
+            for figures in found:
+                file.write(json.dumps({"run": name, "set": asked.set, **asdict(figures)}) + "\n")
+                file.flush()
+                print(f"{name} | {line(figures)}", flush=True)
+            if len(found) == 2 and found[1].tokens_per_second:
+                print(f"{name} | ratio {ours.tokens_per_second / found[1].tokens_per_second:.3f}", flush=True)
+
+
+def line(f: Figures) -> str:
+    """A run's figures, for the terminal."""
+    kinds = " ".join(f"{kind} {ms:.1f}" for kind, ms in f.kinds.items() if ms >= 0.05)
+    return (
+        f"{f.who} | {f.tokens_per_second:,.0f} | {f.step_ms:.2f} | {f.mfu:.1%} | {f.mfu_causal:.1%} | "
+        f"{f.peak_gib:.1f} | {f.first_step_s:.1f} | {kinds}"
+    )
+
+
+def run_ours(name: str, case: Case, *, changes: list[str], trace: bool, log: Path) -> Figures:
+    """A run of Pentode in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--name", name, "--folder", folder, *(["--trace"] if trace else []), *changes]
+        command = _launched(case.gpus, ["-m", "benchmarks.gpu_run", *options])
+        first = _logged(command, log, FIRST["pentode"])
+        found = Path(folder) / "figures.json"
+        figures = Figures("pentode", **json.loads(found.read_text())) if found.exists() else Figures("pentode, failed")
+        figures.first_step_s = first
+    return figures
+
+
+def run_titan(case: Case, log: Path) -> Figures:
+    """The same shape with torchtitan; its MFU counts attention in full."""
+    assert case.shape in LLAMA, f"torchtitan has no {case.shape}"
+    assert case.titan is not None, "torchtitan is no peer of this run"
+    options = [case.shape, "--training.seq_len", str(SEQUENCE)]
+    options += [
+        "--training.local_batch_size",
+        str(case.titan_batch or case.micro_batch),
+        "--training.steps",
+        str(STEPS),
+    ]
+    options += ["--metrics.log_freq", str(EVERY), "--compile.enable", *case.titan]
+    first = _logged(_launched(case.gpus, [str(PEER), *options], torchrun=True), log, FIRST["torchtitan"])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    rows = re.findall(r"step:\s*(\d+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+).*?mfu:\s*([\d.]+)%", text)
+    rows = [row for row in rows if int(row[0]) > EVERY]
+    if not rows:
+        return Figures("torchtitan, failed", first_step_s=first)
+    speed = statistics.median(float(row[2].replace(",", "")) for row in rows)
+    return Figures(
+        "torchtitan",
+        tokens_per_second=speed,
+        step_ms=case.micro_batch * case.micro_batches * SEQUENCE / speed * 1e3,
+        mfu=statistics.median(float(row[3]) for row in rows) / 100,
+        peak_gib=max(float(row[1]) for row in rows),
+        first_step_s=first,
+    )
+
+
+def _launched(gpus: int, command: list[str], *, torchrun: bool = False) -> list[str]:
+    if gpus == 1 and not torchrun:
+        return [sys.executable, *command]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *command]
+
+
+def _logged(command: list[str], log: Path, first: re.Pattern[str]) -> float:
+    """Run a command, its output into a file; seconds until a line of it matched, 0 if none did."""
+    begun, found = time.perf_counter(), 0.0
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert process.stdout is not None, "the pipe was asked for"
+        for text in process.stdout:
+            file.write(text)
+            if not found and first.search(text):
+                found = time.perf_counter() - begun
+        process.wait()
+    return found
+
+
+if __name__ == "__main__":
+    main()

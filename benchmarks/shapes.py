@@ -1,0 +1,107 @@
+"""The runs that benchmarks/gpu.py times: model shapes and layouts, as configs of random tokens."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "1B": (2048, 16, 32, 8, 8192),
+    "3B": (3072, 28, 24, 8, 8192),
+    "8B8": (4096, 8, 32, 8, 14336),  # 8 layers of the 8B shape
+    "8B": (4096, 32, 32, 8, 14336),
+}
+VOCABULARY = 128256
+STEPS, EVERY = 40, 10  # steps of a run, and between iteration lines; the first EVERY are warm-up
+SEQUENCE = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
+
+    titan  options of torchtitan beside the common ones; None where it is not the peer
+    """
+
+    shape: str
+    micro_batch: int
+    gpus: int = 1
+    micro_batches: int = 1
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    zero_stage: int = 0
+    titan: tuple[str, ...] | None = None
+    titan_batch: int | None = None  # sequences that torchtitan takes at a time, where that is not `micro_batch`
+
+
+NO_RECOMPUTATION = ("--activation_checkpoint.mode", "none")
+SELECTIVE = ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op")
+BF16_STATES = ("--training.dtype", "bfloat16")
+
+CASES = {
+    "1B": Case("1B", 4, titan=NO_RECOMPUTATION),
+    "8B8": Case("8B8", 4, titan=NO_RECOMPUTATION),
+    "gpt2": Case("gpt2", 16),
+    "tiny": Case("tiny", 2),
+}
+
+
+def config_of(case: Case, folder: Path) -> dict[str, Any]:
+    """The config, as a YAML file would have it, of a run that writes its records to `folder` and saves nothing."""
+    tiny = case.shape == "tiny"
+    sequence = {"tiny": 256, "gpt2": 1024}.get(case.shape, SEQUENCE)
+    return {
+        "general": {"project": "benchmark"},
+        "parallelism": {"dp": 1, "tp": 1, "pp": 1, **case.parallelism},
+        "model": {"model_config": _shape(case.shape, sequence), "init_method": {"std": 0.02}, **case.model},
+        "checkpoints": {
+            "checkpoints_path": str(folder),
+            "checkpoint_interval": 1_000_000,
+            "save_final_state": False,
+        },
+        "logging": {"iteration_step_info_interval": 1 if tiny else EVERY},
+        "tokens": {
+            "sequence_length": sequence,
+            "train_steps": 500 if tiny else STEPS,
+            "micro_batch_size": case.micro_batch,
+            "batch_accumulation_per_replica": case.micro_batches,
+        },
+        "optimizer": {
+            "optimizer_factory": {
+                "name": "adamW",
+                "adam_eps": 1e-8,
+                "adam_beta1": 0.9,
+                "adam_beta2": 0.95,
+                "torch_adam_is_fused": True,
+            },
+            "zero_stage": case.zero_stage,
+            "weight_decay": 0.1,
+            "clip_grad": 1.0,
+            "accumulate_grad_in_fp32": True,
+            "learning_rate_scheduler": {"learning_rate": 3e-4, "lr_warmup_steps": 10},
+        },
+        "data_stages": [{"name": "random", "start_training_step": 1, "data": {"dataset": None}}],
+    }
+
+
+def _shape(name: str, sequence: int) -> dict[str, Any]:
+    if name == "gpt2":
+        dropout = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+        return {"type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": sequence, **dropout} | {
+            "vocab_size": 50304
+        }
+    if name == "tiny":
+        width, layers, heads, kv_heads, features, vocabulary, tied = 16, 2, 4, 4, 64, 256, True
+    else:
+        (width, layers, heads, kv_heads, features), vocabulary, tied = LLAMA[name], VOCABULARY, False
+    return {
+        "type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": features,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": sequence,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": tied,
+    }
