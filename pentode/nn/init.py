@@ -6,10 +6,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pentode import device as devices
 from pentode.ops.random import key_of, normal
 from pentode.parallel.spec import Box, ParamSpec
 
-CHUNK = 1 << 16  # elements drawn at a time: bounds the temporaries, and keeps them in the processor's cache
+# Elements drawn at a time: bounds the temporaries, and keeps them in a processor's cache; a GPU wants more at once.
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
 
 
 @torch.no_grad()
@@ -34,7 +36,7 @@ def initialise(
 
 def _draw(part: Tensor, box: Box, spec: ParamSpec, scale: float, key: int) -> None:
     """Fill one box, some rows at a time."""
-    rows = max(1, CHUNK // prod(box.shape[1:]))
+    rows = max(1, (GPU_CHUNK if devices.is_gpu(part.device) else CHUNK) // prod(box.shape[1:]))
     for start in range(0, box.shape[0], rows):
         chunk = part[start : start + rows]
         counters = _global_indices(chunk.shape, spec, (box.global_start[0] + start, *box.global_start[1:]), part.device)

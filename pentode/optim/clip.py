@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pentode import device as devices
 from pentode.optim.layout import ALIGN
 from pentode.optim.master import MasterWeights
 
@@ -29,9 +30,11 @@ def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """In float32, row by row: over one long vector torch's norm on a CPU is 4e-4 off at 10M elements."""
-    whole = gradient.numel() // ALIGN * ALIGN
+    """In float32 or wider; on a CPU row by row: over one long vector torch's norm there is 4e-4 off at 10M elements."""
     dtype = _wide(gradient.dtype)
+    if devices.is_gpu(gradient.device):
+        return torch.linalg.vector_norm(gradient, dtype=dtype).square()
+    whole = gradient.numel() // ALIGN * ALIGN
     rows = torch.linalg.vector_norm(gradient[:whole].view(-1, ALIGN), dim=1, dtype=dtype).square().sum()
     if whole == gradient.numel():
         return rows

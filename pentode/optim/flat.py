@@ -1,6 +1,6 @@
 """Flat buffers: parameters that are stepped and reduced alike, side by side, and the shards that this rank steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -16,11 +16,12 @@ from pentode.parallel.spec import Box, ParamSpec
 Span = tuple[int, int]  # elements [start, stop) of a group's buffers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """What this rank steps of one bucket: elements [start, stop) of its group's buffers, all of it without ZeRO.
+    """What this rank steps at once, elements [start, stop) of a group's buffers: its part of a bucket, or the whole.
 
-    weight        the master weights, at least float32: a view of the model's buffer where that is precise enough
+    weight        the master weights, at least float32; `model` itself where that is precise enough
+    model         what the model computes with, of which this rank makes these elements
     gradient      the step's gradient, summed over micro-batches and `data` when `finish_gradients` has returned
     weight_decay  what the optimizer shrinks these weights by
     """
@@ -28,8 +29,21 @@ class Shard:
     start: int
     stop: int
     weight: Tensor
+    model: Tensor
     gradient: Tensor
     weight_decay: float
+
+    def round_(self) -> None:
+        """Give the model the master weights, rounded to its dtype."""
+        if self.model is not self.weight:
+            self.model.copy_(self.weight)
+
+
+Stepped = Callable[[Shard], object]  # called when a shard's new weights are under way
+
+
+def nobody(shard: Shard) -> None:
+    """Does nothing when a shard was stepped."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class FlatGroup:
 
     model     what the model computes with: its parameters are views of this buffer
     gradient  the step's gradient, of which only the shards are to be read once it is reduced
-    shards    what this rank steps, one of each bucket
+    shards    what this rank steps: its part of each bucket, or everything at once
     foreign   spans of parameters that another rank of `model` owns: their gradient is counted there
     partial   spans whose gradient is a partial sum, each with the axis to sum it over
     """
@@ -129,14 +143,14 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
 
 
 def _shards(layout: Layout, model: Tensor, gradient: Tensor, axis: Axis, weight_decay: float) -> list[Shard]:
-    """This rank's part of each bucket, its master weights side by side in one buffer."""
-    own = [local_part(part, axis) for part in layout.cut(model)]
+    """This rank's part of each bucket, or all in one where none is cut; master weights side by side in a buffer."""
+    own = [local_part(part, axis) for part in layout.cut(model)] if axis.size > 1 else [model]
     wide = torch.promote_types(model.dtype, torch.float32)
     weights = own if wide == model.dtype else torch.cat(own).to(wide).split([part.numel() for part in own])
-    starts = [part.storage_offset() for part in own]
+    spans = [(part.storage_offset(), part.storage_offset() + part.numel()) for part in own]
     return [
-        Shard(start, start + weight.numel(), weight, gradient[start : start + weight.numel()], weight_decay)
-        for start, weight in zip(starts, weights, strict=True)
+        Shard(start, stop, weight, part, gradient[start:stop], weight_decay)
+        for (start, stop), weight, part in zip(spans, weights, own, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ def adamw_(
     moments: tuple[list[Tensor], list[Tensor]],
     *,
     updates: Tensor,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,

@@ -14,7 +14,7 @@ from pentode.dist.collectives import start_join_, start_sum_, start_sum_and_spli
 from pentode.dist.mesh import Axis
 from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
-from pentode.optim.layout import block_of
+from pentode.optim.layout import Layout, block_of
 
 COALESCE = 1 << 20  # elements up to which partial sums travel in one message; a copy of more costs more than a message
 
@@ -36,6 +36,8 @@ class _Bucket:
 
 class MasterWeights:
     """All parameters of this rank in flat buffers, of which it steps all (ZeRO-0), or 1 / data.size (ZeRO-1).
+
+    shards  what this rank steps, in the order in which the next forward needs it
 
     parameters     by name, in the model's order; each becomes a view of the model buffer and keeps its values
     groups         which parameters are stepped alike; every name is in one group
@@ -83,6 +85,7 @@ class MasterWeights:
         for bucket in self._buckets:
             for block, _ in groupby(bucket.names, key=block_of):
                 self._of_block.setdefault(block, []).append(bucket)
+        self.shards, self._layouts, self._bucket_of = self._in_order()
         self.own_gradients = [gradient for flat in self.flat for gradient in flat.own_gradients()]
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
         self._arrivals = dict.fromkeys(parameters, 0)
@@ -92,11 +95,6 @@ class MasterWeights:
         for bucket in self._buckets:
             for name in bucket.names:
                 parameters[name].register_post_accumulate_grad_hook(self._receiver(name, bucket))
-
-    @property
-    def shards(self) -> list[Shard]:
-        """What this rank steps."""
-        return [shard for flat in self.flat for shard in flat.shards]
 
     @property
     def shares_storage(self) -> bool:
@@ -109,8 +107,7 @@ class MasterWeights:
         For each name: where a run of its elements begins in the flattened parameter of this rank, and a view of them.
         """
         found: dict[str, list[tuple[int, Tensor]]] = {}
-        layouts = [flat.layout for flat in self.flat for _ in flat.shards]
-        for layout, shard, tensor in zip(layouts, self.shards, tensors, strict=True):
+        for layout, shard, tensor in zip(self._layouts, self.shards, tensors, strict=True):
             for name, begin, at, length in layout.ranges(shard.start, shard.stop):
                 found.setdefault(name, []).append((begin, tensor[at : at + length]))
         return found
@@ -143,12 +140,15 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Give the model the master weights, rounded to its dtype; `wait_for` tells when a block's are there."""
-        for flat in self.flat:
-            for shard in flat.shards if not flat.shares_storage else ():
-                flat.model[shard.start : shard.stop].copy_(shard.weight)
+        for shard in self.shards:
+            shard.round_()
+            self.send(shard)
+
+    def send(self, shard: Shard) -> None:
+        """Begin to give the model's weights of a shard, which are new, to the ranks that do not make them."""
         if self.sharded:
-            for bucket in reversed(self._buckets):
-                bucket.arriving = start_join_(bucket.model, self.data)
+            bucket = self._bucket_of[shard]
+            bucket.arriving = start_join_(bucket.model, self.data)
 
     def wait_for(self, block: str | None = None) -> None:
         """Return when the model's weights of a block ("layers.3", "embed"), or of all, are those last published."""
@@ -181,6 +181,23 @@ class MasterWeights:
         return buffers + sum(
             shard.weight.nbytes for flat in self.flat if not flat.shares_storage for shard in flat.shards
         )
+
+    def _in_order(self) -> tuple[list[Shard], list[Layout], dict[Shard, _Bucket]]:
+        """The shards as the next forward needs them, so that what it needs first is sent first; the layout of each.
+
+        And the bucket of each, where a shard is a part of one.
+        """
+        bucket_of: dict[Shard, _Bucket] = {}
+        layouts: dict[Shard, Layout] = {}
+        by_names = {bucket.names: bucket for bucket in self._buckets}
+        for flat in self.flat:
+            layouts |= dict.fromkeys(flat.shards, flat.layout)
+            if self.sharded:
+                buckets = [by_names[bucket.names] for bucket in flat.layout.buckets]
+                bucket_of |= dict(zip(flat.shards, buckets, strict=True))
+        turns = {bucket.names: turn for turn, bucket in enumerate(reversed(self._buckets))}
+        shards = sorted(bucket_of, key=lambda shard: turns[bucket_of[shard].names]) or list(layouts)
+        return shards, [layouts[shard] for shard in shards], bucket_of
 
     def _receiver(self, name: str, bucket: _Bucket) -> Callable[[Tensor], None]:
         """The hook that autograd calls with the parameter, once per backward, when its gradient is complete."""

@@ -13,16 +13,23 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
+from pentode.ops.cross_entropy import PLAIN, Passes
 from pentode.parallel.batch import IGNORE
 
-SLICE_BYTES = 256 << 20  # of logits at one time: whole for a small model, some 1,000 tokens for a vocabulary of 64K
+# Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
+# pass over the float32 gradient of the weight, so few large ones are faster (docs/performance.md).
+SLICE_BYTES = 2 << 30
 
 
 class Vocab(NamedTuple):
-    """How the vocabulary is cut: its true size, and the axis; rows past its size are padding."""
+    """How the vocabulary is cut: its true size, and the axis; rows past its size are padding.
+
+    passes  how the loss goes over its logits: in plain form, or compiled
+    """
 
     size: int
     tp: Axis
+    passes: Passes = PLAIN
 
     def held(self, rows: int) -> int:
         """How many of this rank's `rows` belong to the true vocabulary."""
@@ -62,7 +69,8 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
     if torch.is_grad_enabled():
         return _VocabLoss.apply(x, weight, labels, vocab, z_loss)
     slices = _slices(x.shape[0], weight.shape[0] * x.itemsize)
-    return torch.stack([_slice_loss(x[rows], weight, labels[rows], vocab, z_loss)[0] for rows in slices]).sum()
+    losses = [_slice_loss(x[rows] @ weight.T, labels[rows], vocab, z_loss, differentiate=False) for rows in slices]
+    return torch.stack(losses).sum()
 
 
 class _VocabLoss(torch.autograd.Function):
@@ -71,14 +79,17 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        loss = x.new_zeros((), dtype=wide)
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        for rows in _slices(x.shape[0], weight.shape[0] * wide.itemsize):
-            slice_loss, grad = _slice_loss(x[rows], weight, labels[rows], vocab, z_loss)
-            loss += slice_loss
+        losses, grad_x = [], torch.empty_like(x)
+        grad_weight: Tensor | None = None
+        for rows in _slices(x.shape[0], weight.shape[0] * x.itemsize):
+            logits = x[rows] @ weight.T
+            losses.append(_slice_loss(logits, labels[rows], vocab, z_loss, differentiate=True))
+            grad = logits
             torch.mm(grad, weight, out=grad_x[rows])
-            _add_product(grad_weight, grad.T, x[rows])
+            product = grad.T @ x[rows]
+            grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
+            del logits, grad, product  # before the next slice's are made
+        loss = torch.stack(losses).sum()
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype = weight.dtype
         return loss
@@ -96,33 +107,31 @@ def _slices(tokens: int, bytes_per_token: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def _slice_loss(x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> tuple[Tensor, Tensor]:
-    """A slice's summed loss, and its gradient with respect to the logits [n, V], in x's dtype."""
-    tp, rows = vocab.tp, weight.shape[0]
+def _slice_loss(logits: Tensor, labels: Tensor, vocab: Vocab, z_loss: float, *, differentiate: bool) -> Tensor:
+    """A slice's summed loss; to differentiate, logits [n, V] become the gradient with respect to them."""
+    tp, rows = vocab.tp, logits.shape[1]
     held = vocab.held(rows)
-    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    logits[:, held:] = -torch.inf
     valid = labels != IGNORE
     row = labels - tp.rank * rows
     here = valid & (row >= 0) & (row < held)
-    row = row.where(here, 0)[:, None]  # [n, 1]
+    row = row.where(here, 0)
+    own_top, own_total = _statistics(logits, held, vocab.passes)
 
-    picked = collectives.all_reduce(logits.gather(1, row)[:, 0].where(here, 0), tp)
-    top = collectives.all_max(logits.amax(dim=1), tp)
-    exponentials = logits.sub_(top[:, None]).exp_()
-    total = collectives.all_reduce(exponentials.sum(dim=1), tp)
+    own = logits.gather(1, row[:, None])[:, 0].to(own_top.dtype)
+    picked = collectives.all_reduce(own.where(here, 0), tp)
+    top = collectives.all_max(own_top, tp)
+    total = collectives.all_reduce(own_total * (own_top - top).exp(), tp)
     log_total = total.log() + top
     loss = (log_total - picked + z_loss * log_total.square()).where(valid, 0).sum()
+    if differentiate:
+        factor = (1 + 2 * z_loss * log_total).where(valid, 0)
+        vocab.passes.gradient_(logits, held, log_total, factor, here.to(factor.dtype), row)
+    return loss
 
-    scale = ((1 + 2 * z_loss * log_total) / total).where(valid, 0)
-    grad = exponentials.mul_(scale[:, None])
-    grad.scatter_add_(1, row, -here[:, None].to(grad.dtype))
-    return loss, grad.to(x.dtype)
 
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in total's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+def _statistics(logits: Tensor, held: int, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Of each row the maximum, and the sum of exponentials below it; of a rank that holds padding alone, of nothing."""
+    if held:
+        return passes.statistics(logits, held)
+    nothing = logits.new_zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return nothing - torch.inf, nothing

@@ -25,7 +25,7 @@ from pentode.parallel.pipeline.partition import stage_layers
 from pentode.parallel.pipeline.runner import Pipeline
 from pentode.parallel.pipeline.schedules import make_schedule
 from pentode.parallel.spec import specs_of
-from pentode.run.compiled import prepare_blocks
+from pentode.run import compiled
 from pentode.run.feed import Feed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -97,18 +97,23 @@ def assemble(
         names_of_model(stages, mesh), weight_decay=o.weight_decay, exclude=o.weight_decay_exclude_named_params
     )
     dtype = DTYPES[config.model.dtype]
+    adds = config.tokens.batch_accumulation_per_replica > 1 or mesh.world.size > 1  # else sums are what is summed
+    wide = torch.promote_types(dtype, torch.float32) if o.accumulate_grad_in_fp32 and adds else dtype
     master = MasterWeights(
         parameters,
         groups=groups,
         data=mesh.data,
         bucket_bytes=config.model.ddp_bucket_cap_mb * MIB,
-        accumulate_in=torch.promote_types(dtype, torch.float32) if o.accumulate_grad_in_fp32 else dtype,
+        accumulate_in=wide,
         zero_stage=o.zero_stage,
     )
     for stage in stages.values():
         stage.before_use = master.wait_for
-    optimizer = build_optimizer(o.optimizer_factory, master.shards)
-    if prepare_blocks(stages.values(), config, device=device):
+    kernels = compiled.kernels(config, device)
+    optimizer = build_optimizer(o.optimizer_factory, master.shards, adamw_update=kernels.update)
+    for stage in stages.values():
+        stage.vocab = stage.vocab._replace(passes=kernels.loss)
+    if compiled.prepare_blocks(stages.values(), config, device=device):
         log.info("Compiling each kind of block once; the first step takes longer")
     pipeline = Pipeline(stages, schedule, connect(mesh.pp, device=device))
     healthy = torch.ones((), dtype=torch.bool, device=device)

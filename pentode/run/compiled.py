@@ -1,20 +1,49 @@
-"""How a model's blocks are run: compiled, one graph for all blocks of a kind (design 1.4), and recomputed."""
+"""What of a step is compiled: blocks, one graph for all of a kind (design 1.4), recomputed or not; loss; optimizer."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from pentode import device as devices
 from pentode.config.schema import Config
 from pentode.nn.causal_lm import CausalLM, run_block
+from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
+from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
+
+
+class Kernels(NamedTuple):
+    """What a step computes outside of its blocks: in plain form, or compiled.
+
+    loss    the passes over logits
+    update  AdamW's update in one pass, for buffers of all lengths; None: torch's operators
+    """
+
+    loss: Passes = PLAIN
+    update: Update | None = None
+
+
+def is_wanted(config: Config, device: torch.device) -> bool:
+    """Whether to compile, as the config says."""
+    mode = config.model.compile
+    return mode == "on" or (mode == "auto" and devices.is_gpu(device))
+
+
+def kernels(config: Config, device: torch.device) -> Kernels:
+    """The kernels that the config asks for."""
+    if not is_wanted(config, device):
+        return Kernels()
+    return Kernels(
+        loss=Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE)),
+        update=torch.compile(update_, fullgraph=True, dynamic=True),
+    )
 
 
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
     """Set how the models run their blocks, as the config says. Returns whether they are compiled."""
     block = recomputing(run_block, config.parallelism.recompute_layer)
-    mode = config.model.compile
-    wanted = mode == "on" or (mode == "auto" and devices.is_gpu(device))
+    wanted = is_wanted(config, device)
     if wanted:
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled
         block = torch.compile(block, fullgraph=True)

@@ -43,8 +43,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
     norm = squared_norm.sqrt()
     run.healthy &= torch.isfinite(loss) & torch.isfinite(norm)
     scale = clip.clip_scale(norm, run.config.optimizer.clip_grad)
-    run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy)
-    run.master.publish()
+    run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy, stepped=run.master.send)
     return StepResult(loss, norm)
 
 
