@@ -136,3 +136,4 @@ def test_validation_changes_nothing_and_has_no_dropout(tmp_path: Path) -> None:
     assert run.stages[0].training
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(run), strict=True))
     assert validation_loss(run, []) is None
+    assert validation_loss(run, [masked(batch, 0) for batch in step_batches(run, 1)]) is None
