@@ -131,14 +131,14 @@ def _possible(axis: Axis, device: torch.device) -> bool:
 def _open(axis: Axis, device: torch.device, half_bytes: int) -> Window | None:
     """A window, or None on all ranks where one of them could not make it."""
     assert symmetric_memory is not None, "no window without symmetric memory"
-    buffer = symmetric_memory.empty(HALVES * half_bytes, dtype=torch.uint8, device=device)
+    handle = buffer = None
     try:
+        buffer = symmetric_memory.empty(HALVES * half_bytes, dtype=torch.uint8, device=device)
         handle = symmetric_memory.rendezvous(buffer, axis.group)
     except RuntimeError as error:
         log.once(f"tensor parallelism: GPUs cannot read each other's memory ({error}); NCCL moves what overlaps")
-        handle = None
     made = all(gather_objects(handle is not None, axis))
-    return Window(handle, buffer, rank=axis.rank) if made and handle is not None else None
+    return Window(handle, buffer, rank=axis.rank) if made and handle is not None and buffer is not None else None
 
 
 def _host() -> tuple[str, str]:
