@@ -12,12 +12,11 @@ from typing import Annotated
 
 import typer
 
-from pentode.errors import INTERNAL, OUT_OF_MEMORY, ConfigError, Preempted
+from pentode.errors import INTERNAL, ConfigError, PentodeError, Preempted, exit_code
 from pentode.version import VERSION
 
 UsageError = typer.BadParameter.__base__  # click's, or the one that newer typers bring along
 INTERRUPTED = 130
-DISK = 74
 
 app = typer.Typer(
     name="pentode",
@@ -65,7 +64,14 @@ def train(
 def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None:
     from pentode.config.load import load_with_notes
 
-    config, notes = load_with_notes(file, overrides)
+    try:
+        config, notes = load_with_notes(file, overrides)
+        if nproc > 1 and launched():
+            raise ConfigError([f"command line: --nproc {nproc} in a process that a launcher started; leave out one"])
+    except ConfigError as error:
+        if launched():
+            _refuse_on_all_ranks(error)
+        raise
     if nproc > 1:
         from pentode.config.check import problems
         from pentode.dist.launch import start_local
@@ -81,6 +87,20 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
     from pentode.train.start import start
 
     start(config, notes=notes, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
+
+
+def launched() -> bool:
+    """Whether torchrun or srun started this process among others; to ask `dist/launch.py` would load torch."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ or tasks != "1"
+
+
+def _refuse_on_all_ranks(error: ConfigError) -> None:
+    """Tell the run's other processes of a config that is wrong, perhaps only here, and raise what all of them do."""
+    from pentode.dist import launch
+
+    here = launch.world()
+    launch.refuse(error.problems, here, store=launch.meet(here))
 
 
 @contextmanager
@@ -199,10 +219,6 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough, as in `pentode check FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ConfigError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return error.exit_code
     except UsageError as error:
         error.show()
         return ConfigError.exit_code
@@ -214,14 +230,12 @@ def run_command(arguments: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Say what happened; the exit code."""
-    code = getattr(error, "exit_code", None)
-    if code is None and isinstance(error, OSError):
-        code = DISK
-    if code is None and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
-        code = OUT_OF_MEMORY
+    code = exit_code(error)
     if code is None:
         traceback.print_exc()
         return INTERNAL
-    if not getattr(error, "told", False):
+    if not isinstance(error, PentodeError):
         print(f"pentode: {error}", file=sys.stderr)
+    elif not error.told:
+        print(error.printed, file=sys.stderr)
     return code

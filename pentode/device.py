@@ -23,18 +23,25 @@ class Memory:
     peak_reserved: int
 
 
+def problems(name: str, *, local_rank: int = 0) -> list[str]:
+    """What keeps a process from the device that the config names."""
+    if name not in NAMES:
+        return [f"general.device: {name!r} is not one of {', '.join(NAMES)}"]
+    found, count = torch.cuda.is_available(), torch.cuda.device_count()
+    if name == "cuda" and not found:
+        return ["general.device: cuda, but torch finds no GPU here; use device cpu, or auto"]
+    if name != "cpu" and found and local_rank >= count:
+        return [f"launch: local rank {local_rank} needs a GPU of its own, but this host has {count}"]
+    return []
+
+
 def pick(name: str, *, local_rank: int = 0) -> torch.device:
     """The device that the config names: "auto" is a GPU where there is one."""
-    if name not in NAMES:
-        raise ConfigError([f"general.device: {name!r} is not one of {', '.join(NAMES)}"])
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ConfigError(["general.device: cuda, but torch finds no GPU here; use device cpu, or auto"])
-    if name == "cpu" or not found:
+    found = problems(name, local_rank=local_rank)
+    if found:
+        raise ConfigError(found)
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError([f"launch: local rank {local_rank} needs a GPU of its own, but this host has {count}"])
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

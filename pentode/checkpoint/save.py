@@ -12,10 +12,9 @@ that begin with a dot are on their way in or out:
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +36,8 @@ from pentode.checkpoint.layout import (
 from pentode.checkpoint.load import DamagedError, open_checkpoint, steps
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
-from pentode.errors import StorageError
+from pentode.dist.together import together
 
-T = TypeVar("T")
 ALONE = Axis("world")
 _Plan = tuple[dict[str, bool], int, str]  # has something of each group; bytes to write; a temporary folder
 
@@ -89,7 +87,7 @@ def save(
         held = {group: any(saved.pieces for saved in tensors.values()) for group, tensors in groups.items()}
         return held, needed + sum(map(len, small.values())), _passing("tmp", step)
 
-    plans = _together(plan, world)
+    plans = gather_objects(together(plan, world), world)
     temporary = root / plans[0][2]
     explained = storage.explained(root, needed=sum(needed for _, needed, _ in plans))
 
@@ -114,9 +112,9 @@ def save(
             _publish(root, temporary, Manifest(step, facts))
 
     try:
-        _together(begin, world)
-        written = _together(write, world)
-        _together(finish, world)
+        together(begin, world)
+        written = gather_objects(together(write, world), world)
+        together(finish, world)
     except BaseException:
         if first:
             with suppress(OSError):
@@ -178,24 +176,6 @@ def remove_run(root: Path) -> None:
         for path in [*checkpoints, *(found for pattern in RUN_FILES for found in sorted(root.glob(pattern)))]:
             storage.rename(path, trash / path.name)
         clean(root)
-
-
-def _together(work: Callable[[], T], world: Axis) -> list[T]:
-    """Do a part of the work on every rank; all of them get all results, or where one failed, all raise."""
-    try:
-        found = work()
-    except Exception as error:
-        known = isinstance(error, StorageError)
-        what = f"rank {world.rank}: {error if known else repr(error)}"
-        gather_objects((None, what), world)
-        if known and world.size > 1:
-            raise StorageError(what) from error
-        raise
-    outcomes = gather_objects((found, None), world)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise StorageError(failure)
-    return [result for result, _ in outcomes]
 
 
 def _small_files(step: int, state: Mapping[str, object], files: Mapping[str, bytes]) -> dict[str, bytes]:

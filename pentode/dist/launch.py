@@ -1,5 +1,6 @@
 """How many processes a run has and which one this is, from torchrun, Slurm or alone; and starting them."""
 
+import json
 import logging
 import os
 import re
@@ -17,7 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pentode.dist import symmetric
-from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted
+from pentode.dist.together import ranks_in_words, tell_once
+from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted, on_all_ranks
 
 TIMEOUT = timedelta(minutes=20)  # Nanotron's; a rank that writes a large cache alone may take long
 
@@ -122,18 +124,65 @@ def _counted(ranges: str) -> list[str]:
     return found
 
 
-def connect(here: World, *, backend: str, device: torch.device) -> None:
-    """Join the run's other processes; nothing to do alone."""
+def meet(here: World) -> dist.Store | None:
+    """Find the run's other processes, without a device yet: the store that all of them see; None alone."""
+    if here.size == 1:
+        return None
+    store, _, _ = next(dist.rendezvous(here.meeting, rank=here.rank, world_size=here.size, timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    return dist.PrefixStore("pentode", store)
+
+
+def refuse(problems: Sequence[str], here: World, *, store: dist.Store | None) -> None:
+    """Raise the same ConfigError on every rank if any has problems, which is told once; all call, each with its own.
+
+    A rank whose config is wrong knows no device to communicate with, and the others must not wait for it: `store`,
+    which `meet` gave, is all that this needs.
+    """
+    if store is None:
+        if problems:
+            raise ConfigError(problems)
+        return
+    store.set(f"problems of {here.rank}", json.dumps(list(problems)))
+    if here.rank == 0:  # reads them for all: a thousand ranks would ask a million times
+        ranks = [json.loads(store.get(f"problems of {rank}")) for rank in range(here.size)]
+        holders: dict[str, list[int]] = {}
+        for rank, problem in ((rank, problem) for rank, own in enumerate(ranks) for problem in own):
+            holders.setdefault(problem, []).append(rank)
+        told = [
+            problem if len(numbers) == here.size else f"{ranks_in_words(numbers)}: {problem}"
+            for problem, numbers in holders.items()
+        ]
+        store.set("problems", json.dumps(told))
+    found = json.loads(store.get("problems"))
+    if found:
+        error = on_all_ranks(ConfigError(found))
+        tell_once(error, rank=here.rank, wait_for_all=lambda: _wait_for_all(here, store))
+        raise error
+
+
+def connect(here: World, *, backend: str, device: torch.device, store: dist.Store | None = None) -> None:
+    """Join the run's other processes, at `store` if they have met; nothing to do alone."""
     if here.size > 1 and not dist.is_initialized():
         own = device if device.index is not None else None  # a GPU of its own, which NCCL wants to know at once
         dist.init_process_group(
             backend,
-            init_method=here.meeting,
+            store=store or meet(here),
             rank=here.rank,
             world_size=here.size,
             timeout=TIMEOUT,
             device_id=own,
         )
+
+
+def _wait_for_all(here: World, store: dist.Store) -> None:
+    """Return when all ranks have come here; on the first one, which may hold the store, when all others know it."""
+    if here.rank == 0:
+        store.set("leave", "")
+        store.wait([f"{rank} leaves" for rank in range(1, here.size)])
+    else:
+        store.wait(["leave"])
+        store.set(f"{here.rank} leaves", "")
 
 
 def disconnect() -> None:
@@ -143,6 +192,11 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
+def threads_each(processes: int) -> int:
+    """How many threads a process may compute with where so many share the cores that this one may use."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def start_local(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m pentode ARGUMENTS` in `processes` local processes, with torch's elastic launcher.
 
@@ -150,6 +204,7 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
     returned once they have saved and ended.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(processes)))  # each would take all cores
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

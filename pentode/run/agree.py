@@ -12,7 +12,8 @@ from pentode.config.schema import Config
 from pentode.config.validate import shown
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
-from pentode.errors import ConfigError
+from pentode.dist.together import ranks_in_words
+from pentode.errors import ConfigError, on_all_ranks
 from pentode.version import VERSION
 
 ABSENT = "absent"
@@ -29,22 +30,7 @@ def check_agreement(config: Config, world: Axis) -> None:
     for name, remedy in remedies.items():  # versions first: another version may have another config
         found = _difference([rank[name] for rank in ranks])
         if found is not None:
-            raise ConfigError([f"{name}: {found}; {remedy}"])
-
-
-def ranks_in_words(numbers: Sequence[int]) -> str:
-    """Rising numbers as `rank 1`, `ranks 0, 2 and 3`, `ranks 0 and 2-7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    words: list[str] = []
-    for run in runs:
-        words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
-    *some, last = words
-    return f"ranks {', '.join(some)} and {last}" if some else f"rank{'s' * (len(numbers) > 1)} {last}"
+            raise on_all_ranks(ConfigError([f"{name}: {found}; {remedy}"]))
 
 
 def _versions() -> dict[str, str]:

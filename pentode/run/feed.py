@@ -12,8 +12,8 @@ from pentode.data.open import StageData
 from pentode.data.stages import Stage, plan_stages, stage_at
 from pentode.data.tokenizer import Tokenizer
 from pentode.data.windows import fingerprint_of
-from pentode.dist.collectives import wait_for_all
 from pentode.dist.mesh import Mesh
+from pentode.dist.together import in_turn
 from pentode.parallel.batch import Batch
 
 
@@ -100,21 +100,16 @@ class Feed:
 
     def _open_in_turn(self, stage: Stage) -> StageData:
         """First on one rank, which prepares and keeps what the others then only read."""
-        first = self.mesh.world.rank == 0
-        if not first:
-            wait_for_all()
-        opened = self._open(stage)
-        if first:
-            wait_for_all()
-        return opened
 
-    def _open(self, stage: Stage) -> StageData:
-        return StageData.open(
-            self.config.data_stages[stage.index],
-            sequence_length=stage.sequence_length,
-            tokenizer_args=self.config.tokenizer,
-            vocab_size=self.vocab_size,
-        )
+        def opened() -> StageData:
+            return StageData.open(
+                self.config.data_stages[stage.index],
+                sequence_length=stage.sequence_length,
+                tokenizer_args=self.config.tokenizer,
+                vocab_size=self.vocab_size,
+            )
+
+        return in_turn(opened, self.mesh.world)
 
     def _loader(self, data: StageData) -> Loader:
         tokens, args = self.config.tokens, self.config.data_stages[self.stage.index].data

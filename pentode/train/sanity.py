@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
+from pentode.dist.together import ranks_in_words
 from pentode.errors import SanityError
 from pentode.ops.random import bits
 from pentode.optim.master import MasterWeights
 from pentode.parallel.batch import Batch
 from pentode.parallel.spec import Box, ParamSpec, specs_of
-from pentode.run.agree import ranks_in_words
 from pentode.run.build import Run
 from pentode.train.state import TrainState, beside_shards
 

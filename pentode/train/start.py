@@ -1,8 +1,7 @@
 """From a config to a trained model: join the world, find where to go on from, build, train, close."""
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from pprint import pformat
 
@@ -18,7 +17,8 @@ from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
 from pentode.dist.collectives import gather_objects, wait_for_all
 from pentode.dist.mesh import coordinates, everyone
-from pentode.errors import CheckpointError, ConfigError, Interrupted, Preempted, RankwideError
+from pentode.dist.together import in_turn, on_first, tell_once, together
+from pentode.errors import CheckpointError, ConfigError, Interrupted, PentodeError, Preempted, on_all_ranks
 from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.agree import check_agreement
@@ -47,9 +47,9 @@ def start(
     at_end      called with the run and its folder when training is complete
     """
     here = launch.world()
+    store = launch.meet(here)
     found = problems(config, world_size=here.size)
-    if found:
-        raise ConfigError(found)
+    launch.refuse([*found, *devices.problems(config.general.device, local_rank=here.local_rank)], here, store=store)
     device = devices.pick(config.general.device, local_rank=here.local_rank)
     p = config.parallelism
     place = coordinates(here.rank, pp=p.pp, dp=p.dp, cp=p.context_parallel_size, tp=p.tp)
@@ -61,32 +61,30 @@ def start(
         level=config.logging.log_level,
         replica_level=config.logging.log_level_replica,
     )
-    launch.connect(here, backend=devices.backend(device), device=device)
-    root = config.checkpoints.checkpoints_path
+    launch.connect(here, backend=devices.backend(device), device=device, store=store)
+    root, world = config.checkpoints.checkpoints_path, everyone()
     try:
-        check_agreement(config, everyone())  # before anything is touched, and before groups that a layout decides
-        with locked(root) if here.rank == 0 else nullcontext(), StopSignal(device) as stop:
-            if fresh and here.rank == 0:
-                remove_run(root)
-            with storage.explained(root):
-                log.to_file(root / "logs" / f"rank-{here.rank}.log")
+        check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
+        with ExitStack() as held:
+            on_first(lambda: held.enter_context(locked(root)), world)
+            stop = held.enter_context(StopSignal(device))
+            if fresh:
+                on_first(lambda: remove_run(root), world)
+            together(lambda: _log_to_file(root, here), world)
             for note in notes:
                 log.warning(note)
             _train_in(root, config, here, stop, after_save, at_end)
-    except RankwideError as error:
-        _tell_once(error, here)
+    except PentodeError as error:
+        if error.everywhere and here.size > 1:
+            tell_once(error, rank=here.rank, wait_for_all=wait_for_all)
         raise
     finally:
         launch.disconnect()
 
 
-def _tell_once(error: RankwideError, here: launch.World) -> None:
-    """Print on the first rank what all of them raise, before any of them leaves: launchers then end the others."""
-    if here.size > 1:
-        if here.rank == 0:
-            print(f"pentode: {error}", file=sys.stderr, flush=True)
-        wait_for_all()
-        error.told = True
+def _log_to_file(root: Path, here: launch.World) -> None:
+    with storage.explained(root):
+        log.to_file(root / "logs" / f"rank-{here.rank}.log")
 
 
 def _train_in(
@@ -107,7 +105,8 @@ def _train_in(
     log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
     run, state = _run(config, here, checkpoint, root)
     name = expand_run_name(config)
-    sinks = open_sinks(config, run=name, resume_step=state.step) if here.rank == 0 else Sinks([])
+    opened = on_first(lambda: open_sinks(config, run=name, resume_step=state.step), run.mesh.world)
+    sinks = opened or Sinks([])
     status = "failed"
     try:
         with stop.until_saved():
@@ -139,12 +138,11 @@ def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root
         optimizer = checkpoint.folder.parent == root or config.checkpoints.load_optimizer
         state = restore(run, checkpoint, optimizer=optimizer, counts=counts)
         if state.step >= config.tokens.train_steps:
-            raise ConfigError(
-                [
-                    f"checkpoints.resume_checkpoint_path: it is at step {state.step} of tokens.train_steps="
-                    f"{config.tokens.train_steps}; raise that, or set checkpoints.load_lr_scheduler to false"
-                ]
+            problem = (
+                f"checkpoints.resume_checkpoint_path: it is at step {state.step} of tokens.train_steps="
+                f"{config.tokens.train_steps}; raise that, or set checkpoints.load_lr_scheduler to false"
             )
+            raise on_all_ranks(ConfigError([problem]))
         log.info(f"Resuming after step {state.step} of {config.tokens.train_steps}")
     log.info("[Optimizer Building] Using LearningRateForSP as learning rate")
     check_data(run, state)
@@ -156,21 +154,25 @@ def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None
 
     Rank 0 tidies up what a crash left behind, before the others look.
     """
-    own = None
-    if here.rank == 0:
-        clean(root)
-        own = newest(root, quarantine=True)
-    wait_for_all()
-    if here.rank != 0:
-        own = newest(root)
-    other = config.checkpoints.resume_checkpoint_path
-    found = own
-    if own is None and other is not None:
-        found = open_checkpoint(other) if (other / MANIFEST).exists() else newest(other)
-        if found is None:
-            raise CheckpointError(f"checkpoints.resume_checkpoint_path: {other} holds no checkpoint")
-        found.verify()
+    first, other = here.rank == 0, config.checkpoints.resume_checkpoint_path
+
+    def own() -> Checkpoint | None:
+        if first:
+            clean(root)
+        return newest(root, quarantine=first)
+
+    found = in_turn(own, everyone())
+    found = together(lambda: _named(other) if found is None and other is not None else found, everyone())
     _check_that_all_found(found, root)
+    return found
+
+
+def _named(folder: Path) -> Checkpoint:
+    """The checkpoint that the config names: by its own folder or by that of a run, whose newest one it is."""
+    found = open_checkpoint(folder) if (folder / MANIFEST).exists() else newest(folder)
+    if found is None:
+        raise CheckpointError(f"checkpoints.resume_checkpoint_path: {folder} holds no checkpoint")
+    found.verify()
     return found
 
 
@@ -179,7 +181,9 @@ def _check_that_all_found(found: Checkpoint | None, root: Path) -> None:
     first, *others = gather_objects(f"step {found.step}" if found else "no checkpoint", everyone())
     for rank, other in enumerate(others, 1):
         if other != first:
-            raise CheckpointError(
-                f"{root}: rank 0 found {first} to go on from, rank {rank} {other}; "
-                "checkpoints must be in a folder that all ranks see"
+            raise on_all_ranks(
+                CheckpointError(
+                    f"{root}: rank 0 found {first} to go on from, rank {rank} {other}; "
+                    "checkpoints must be in a folder that all ranks see"
+                )
             )

@@ -11,6 +11,7 @@ from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import Checkpoint
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
+from pentode.dist.together import together
 from pentode.errors import CheckpointError
 from pentode.parallel.shards import pieces_of_range
 from pentode.parallel.spec import specs_of
@@ -73,12 +74,15 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
     """
     log.info(f"Loading weights from {checkpoint.folder}")
     names = names_of_model(run.stages, run.mesh)
-    checkpoint.read("weights", _weights(run, owned=False), names=names)
+
+    def read() -> None:
+        checkpoint.read("weights", _weights(run, owned=False), names=names)
+        if optimizer:
+            kinds = [f"{kind}/{name}" for kind in beside_shards(run) for name in names]
+            checkpoint.read("optimizer", _optimizer(run, owned=False), names=kinds)
+
+    together(read, run.mesh.world)
     if optimizer:
-        kinds = beside_shards(run)
-        checkpoint.read(
-            "optimizer", _optimizer(run, owned=False), names=[f"{k}/{name}" for k in kinds for name in names]
-        )
         run.optimizer.updates.fill_(checkpoint.state["updates"])
     else:
         run.master.adopt_weights()
@@ -94,11 +98,16 @@ def check_data(run: Run, state: TrainState) -> None:
             log.warning(f"data_stages: {stage.name!r} was not in this run before; it begins with its first sample")
         return
     run.feed.open(step)
-    if run.feed.order_key != state.order_keys[stage.name]:
-        raise CheckpointError(
-            f"data_stages: the data of {stage.name!r}, its sequence length or its seed is not what step {state.step} "
-            "was trained on; set it back, give the new data a stage of its own, or start over with --fresh"
-        )
+
+    def compare() -> None:
+        if run.feed.order_key != state.order_keys[stage.name]:
+            raise CheckpointError(
+                f"data_stages: the data of {stage.name!r}, its sequence length or its seed is not what step "
+                f"{state.step} was trained on; set it back, give the new data a stage of its own, or start over with "
+                "--fresh"
+            )
+
+    together(compare, run.mesh.world)
 
 
 def beside_shards(run: Run) -> dict[str, list[torch.Tensor]]:

@@ -9,7 +9,7 @@ import pytest
 
 from pentode.checkpoint import storage
 from pentode.dist.mesh import Axis
-from pentode.errors import StorageError
+from pentode.errors import PentodeError
 from tests.helpers.faulty_os import FaultyOs
 
 PATIENCE = 60  # seconds after which a rank that waits for others has found a hang
@@ -43,7 +43,7 @@ class OsOfRank:
 def on_thread_ranks(work: Callable[[Axis], object], systems: list[FaultyOs]) -> list[BaseException | None]:
     """Call `work` with the world of each rank, on the `os` of that rank; what each one raised.
 
-    An error that `save` tells all ranks leaves a rank alive; any other is its end, a broken connection to the others.
+    An error that all ranks are told leaves a rank alive; any other is its end, a broken connection to the others.
     """
     meeting, each = Meeting(len(systems)), OsOfRank()
 
@@ -52,11 +52,13 @@ def on_thread_ranks(work: Callable[[Axis], object], systems: list[FaultyOs]) -> 
         work(Axis("world", len(systems), rank))
 
     def note_the_end(rank: Future[None]) -> None:
-        if not isinstance(rank.exception(), StorageError | ValueError | None):
+        error = rank.exception()
+        if error is not None and not (isinstance(error, PentodeError) and error.everywhere):
             meeting.barrier.abort()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pentode.checkpoint.save.gather_objects", meeting.gather_objects)
+        for module in ("checkpoint.save", "dist.together"):
+            patch.setattr(f"pentode.{module}.gather_objects", meeting.gather_objects)
         patch.setattr(storage, "os", each)
         with ThreadPoolExecutor(len(systems)) as pool:
             ranks = [pool.submit(rank_main, rank) for rank in range(len(systems))]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pentode.checkpoint.lock import locked
 from pentode.config.load import config_from_dict
 from pentode.dist.mesh import Axis
 from pentode.errors import ConfigError
@@ -25,6 +26,8 @@ from tests.helpers.world import WORLD
 
 GPT2 = {"type": "gpt2", "vocab_size": 256}
 LONG = "somewhere/" * 10
+PATIENCE = 120  # seconds after which processes wait for each other for ever
+THREE = "pp=1 x dp=3 x cp=1 x tp=1 = 3 ranks, but WORLD_SIZE is 2"
 STAGE: dict[str, Any] = {"name": "a", "start_training_step": 1, "data": {"dataset": None}}
 
 
@@ -125,8 +128,8 @@ def test_ranks_are_named_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(*range(8)) == "0 on rank 0, 1 on rank 1, 2 on rank 2, and 5 more values"
 
 
-def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] = ()) -> list[tuple[int, str]]:
-    """`pentode train` with the words of each rank, as srun starts them: exit codes, and what was said on stderr.
+def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] = ()) -> tuple[list[int], str]:
+    """`pentode train` with the words of each rank, as srun starts them: exit codes, and all that was said on stderr.
 
     Each rank works in its folder of `folders`, or all of them at the root.
     """
@@ -135,6 +138,7 @@ def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] 
         port = free.getsockname()[1]
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     step = {"SLURM_STEP_NUM_TASKS": str(len(words)), "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    usual["CUDA_VISIBLE_DEVICES"] = ""  # one of the cases needs a host without a GPU
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "pentode", "train", str(file), *own],
@@ -147,8 +151,8 @@ def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] 
         for rank, own in enumerate(words)
     ]
     try:
-        told = [rank.communicate(timeout=300)[1] for rank in ranks]
-        return [(rank.returncode, text) for rank, text in zip(ranks, told, strict=True)]
+        told = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+        return [rank.returncode for rank in ranks], "".join(told)
     finally:
         for rank in ranks:
             rank.kill()
@@ -160,7 +164,7 @@ TWO = ("parallelism.dp=2", "tokens.train_steps=2", "tokens.val_check_interval=-1
 
 def test_tasks_that_slurm_started_train_together(tmp_path: Path) -> None:
     file = tiny_yaml(tmp_path)
-    assert started_by_slurm(file, TWO, TWO) == [(0, ""), (0, "")]
+    assert started_by_slurm(file, TWO, TWO) == ([0, 0], "")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     assert rows(tmp_path / "run")[-1]["consumed_tokens"] == 2 * 2 * 8 * 16  # of both tasks
 
@@ -176,18 +180,30 @@ def test_tasks_that_slurm_started_train_together(tmp_path: Path) -> None:
             (["parallelism.dp=1", "parallelism.tp=2"], []),  # each is a layout of two; their groups are not the same
             "config: parallelism.dp is 1 on rank 0, 2 on rank 1; start all ranks with the same file\n",
         ),
+        ((["parallelism.dp=3"], ["parallelism.dp=3"]), f"parallelism: {THREE}\n"),
+        ((["parallelism.dp=3"], []), f"rank 0: parallelism: {THREE}\n"),  # only what the rank itself cannot accept
+        (([], ["tokens.train_steps=0"]), "rank 1: command line: tokens.train_steps: "),
+        (([], ["general.seed=x", "tokens.train_stepz=1"]), "rank 1: command line: general.seed: "),
         (
-            (["parallelism.dp=3"], ["parallelism.dp=3"]),
-            "parallelism: pp=1 x dp=3 x cp=1 x tp=1 = 3 ranks, but WORLD_SIZE is 2\n",
+            ([], ["general.device=cuda"]),
+            "rank 1: general.device: cuda, but torch finds no GPU here; use device cpu, or",
+        ),
+        (
+            (["--nproc=2"], ["--nproc=2"]),
+            "command line: --nproc 2 in a process that a launcher started; leave out one\n",
         ),
     ],
-    ids=["seed", "layout", "world"],
+    ids=["seed", "layout", "world", "world of one", "illegal", "illegal twice", "device", "nproc"],
 )
 def test_processes_that_differ_end_with_64_before_step_1(
     words: tuple[list[str], ...], told: str, tmp_path: Path
 ) -> None:
     file = tiny_yaml(tmp_path)
-    assert started_by_slurm(file, *((*TWO, *own, "--fresh") for own in words)) == [(64, told)] * 2
+    codes, text = started_by_slurm(file, *((*TWO, *own, "--fresh") for own in words))
+    assert codes == [64, 64]
+    assert text.startswith(told)
+    assert text.count(told) == 1
+    assert text.count("\n") == 1 + ("train_stepz" in text)
     assert not (tmp_path / "run").exists()
 
 
@@ -199,8 +215,36 @@ def test_ranks_that_see_other_checkpoints_end_with_66(tmp_path: Path) -> None:
     here = "checkpoints.checkpoints_path=here"
     alone = ["train", str(file), here, "tokens.train_steps=1", "tokens.val_check_interval=-1"]
     subprocess.run([sys.executable, "-m", "pentode", *alone], cwd=folders[0], check=True, stdout=subprocess.DEVNULL)
-    told = "pentode: here: rank 0 found step 1 to go on from, rank 1 no checkpoint; checkpoints must be in a folder"
-    for code, text in started_by_slurm(file, (*TWO, here), (*TWO, here), folders=folders):
-        assert code == 66
-        assert text.startswith(told)
-        assert text.count("\n") == 1
+    codes, text = started_by_slurm(file, (*TWO, here), (*TWO, here), folders=folders)
+    assert codes == [66, 66]
+    assert text.startswith(
+        "pentode: here: rank 0 found step 1 to go on from, rank 1 no checkpoint; checkpoints must be in"
+    )
+    assert text.count("\n") == 1
+
+
+def test_a_text_that_one_rank_does_not_see_ends_all_with_65(tmp_path: Path) -> None:
+    file = tiny_yaml(tmp_path, data_stages__0__data__dataset={"text_file": "text.txt"})
+    (tmp_path / "elsewhere").mkdir()
+    codes, text = started_by_slurm(file, TWO, TWO, folders=[tmp_path, tmp_path / "elsewhere"])
+    assert codes == [65, 65]
+    assert text == "pentode: rank 1: text.txt: cannot be read: No such file or directory; name a readable file\n"
+
+
+def test_a_folder_where_another_trains_ends_all_with_74(tmp_path: Path) -> None:
+    file = tiny_yaml(tmp_path)
+    with locked(tmp_path / "run"):
+        codes, text = started_by_slurm(file, TWO, TWO)
+    assert codes == [74, 74]
+    assert text.startswith(f"pentode: {tmp_path / 'run'}: another process trains here; stop it, or use another")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_log_that_one_rank_cannot_write_ends_all_with_74(rank: int, tmp_path: Path) -> None:
+    file, path = tiny_yaml(tmp_path), tmp_path / "run" / "logs" / f"rank-{rank}.log"
+    path.mkdir(parents=True)
+    codes, text = started_by_slurm(file, TWO, TWO)
+    assert codes == [74, 74]
+    assert text.startswith(f"pentode: rank {rank}: {path}: Is a directory")
+    assert text.count("\n") == 1

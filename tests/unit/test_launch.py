@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from pentode.dist.launch import PORTS, World, expand_hosts, world
+from pentode.dist import launch
+from pentode.dist.launch import PORTS, World, expand_hosts, start_local, world
 from pentode.errors import ConfigError
 from tests.helpers.source import ROOT
 
@@ -132,6 +133,23 @@ def test_all_tasks_of_a_step_take_one_port_and_other_steps_another(monkeypatch: 
 )
 def test_slurms_short_form_of_hosts(names: str, hosts: list[str]) -> None:
     assert expand_hosts(names) == hosts
+
+
+@pytest.mark.parametrize(
+    ("processes", "cores", "set_by_user", "threads"),
+    [(2, 8, None, "4"), (3, 8, None, "2"), (8, 2, None, "1"), (2, 8, "7", "7")],
+)
+def test_local_processes_share_the_cores_unless_the_user_says_otherwise(
+    processes: int, cores: int, set_by_user: str | None, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", set_by_user or "")
+    if set_by_user is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda *_: found.append(os.environ["OMP_NUM_THREADS"]))
+    assert start_local(processes, []) == 0
+    assert found == [threads]
 
 
 JOIN = """
