@@ -53,6 +53,7 @@ def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.
         assert [i for part in slices for i in range(tokens)[part]] == list(range(tokens))
         longest = max(part.stop - part.start for part in slices)
         assert longest * each <= max(1000, each)
+        assert len(slices) == min(tokens, -(-tokens * each // 1000)), "more slices than needed"
 
 
 def test_large_logits_overflow_nothing() -> None:

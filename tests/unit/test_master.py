@@ -325,6 +325,7 @@ def test_a_layout_is_aligned_whole_and_divisible(
 ) -> None:
     shapes = {"embed.weight": (5, 30)}
     shapes |= {f"layers.{i}.part{j}.weight": (size + j,) for i, (n, size) in enumerate(blocks) for j in range(n)}
+    elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     layout = lay_out(shapes, bucket_elements=bucket_elements, ranks=ranks)
     assert list(layout.starts) == list(shapes)
     assert [name for bucket in layout.buckets for name in bucket.names] == list(shapes)
@@ -341,8 +342,11 @@ def test_a_layout_is_aligned_whole_and_divisible(
             assert layout.starts[name] % ALIGN == 0
             assert bucket.start <= layout.starts[name]
             assert homes.setdefault(block_of(name), k) == k
+    assert layout.size < elements + ALIGN * len(shapes) + ranks * ALIGN * len(layout.buckets), (
+        "more padding than needed"
+    )
     buffer = torch.zeros(layout.size)
     for view in layout.views(buffer).values():
         view += 1
     assert buffer.max() == 1  # nothing overlaps
-    assert buffer.sum() == sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert buffer.sum() == elements

@@ -60,6 +60,11 @@ def test_what_cannot_be_cut_is_refused() -> None:
         ParamSpec((3, 2)).take(torch.ones(2, 2))
 
 
+def test_a_piece_with_copies_need_only_be_cut_into_their_parts() -> None:
+    cut = Cut(0, Axis("tp", 4), (8, 6), (None, Axis("tp_kv", 2)))
+    assert cut.local_size() == 8 // 4 + 6 // 2
+
+
 def test_a_parameter_carries_its_spec() -> None:
     module = torch.nn.Module()
     spec = ParamSpec((6, 2), Cut(0, Axis("tp", 2), (6,)))

@@ -16,6 +16,7 @@ from pentode.nn.causal_lm import CausalLM, Part
 from pentode.nn.init import initialise
 from pentode.parallel.batch import Batch, batch_of
 from pentode.parallel.spec import specs_of
+from pentode.run.build import padded_vocabulary
 from tests.helpers.spawn import run_on_ranks
 
 SHAPES = (
@@ -125,6 +126,10 @@ def test_compiled_blocks_with_collectives_inside_give_the_same() -> None:
 
 def test_collectives_are_what_they_say_on_two_ranks() -> None:
     run_on_ranks(collectives_are_what_they_say, 2)
+
+
+def test_a_vocabulary_is_padded_to_the_next_multiple() -> None:
+    assert [padded_vocabulary(size, 16) for size in (1, 16, 37)] == [16, 16, 48]
 
 
 def test_heads_that_tp_does_not_divide_are_refused() -> None:
