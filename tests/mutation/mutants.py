@@ -245,12 +245,14 @@ def _of_arguments(node: ast.Call, *, others: Sequence[str]) -> Iterator[Change]:
         yield "without copies", ast.Call(node.func, node.args[:3], node.keywords)
     given = [argument.value if isinstance(argument, ast.Starred) else argument for argument in node.args]
     given += [keyword.value for keyword in node.keywords]
-    axes = dict.fromkeys(ast.unparse(axis) for axis in map(_axis_in, given) if axis is not None)
-    for axis in axes:
-        for other in others:
+    found = [(ast.unparse(axis), argument) for argument in given if (axis := _axis_in(argument)) is not None]
+    for axis in dict.fromkeys(name for name, _ in found):
+        only_size = all(ast.unparse(argument) == f"{axis}.size" for name, argument in found if name == axis)
+        for other in ["crossing" if other == "alike" and only_size else other for other in others]:
             how = f"wider than {axis}" if other == "wider" else f"another axis than {axis}"
             yield how, _with_other(node, axis, other)
-    if any(ast.unparse(argument) in ("group", "ctx.group") for argument in given) and _called(node) != "group_of":
+    of_an_axis = _called(node) not in ("group_of", "irecv")  # a channel's group is of none
+    if of_an_axis and any(ast.unparse(argument) in ("group", "ctx.group") for argument in given):
 
         def elsewhere(part: ast.AST) -> ast.expr | None:
             is_group = isinstance(part, ast.Name | ast.Attribute) and ast.unparse(part) in ("group", "ctx.group")
@@ -328,7 +330,9 @@ def _twice(node: ast.Call) -> ast.expr:
 
 
 def _of_other_axes(node: ast.expr, other: str) -> ast.expr:
-    """The same with another axis's ranks and sizes."""
+    """The same with another axis's ranks and sizes; a size alone is not taken from one that is alike."""
+    if all(part.attr == "size" for part in ast.walk(node) if isinstance(part, ast.Attribute) and _is_share(part)):
+        other = "crossing"
 
     def change(part: ast.AST) -> ast.expr | None:
         if isinstance(part, ast.Attribute) and _is_share(part):

@@ -4,7 +4,74 @@ import re
 from collections.abc import Iterable
 
 # Mutants' keys, without lines; `*` stands for any text. Each reason holds for all mutants that its pattern names.
-SURVIVORS: dict[str, str] = {}
+SURVIVORS: dict[str, str] = {
+    # Done twice, and the same as done once.
+    "pentode/* all_max: *: twice": "the maximum of maxima is that maximum",
+    "pentode/* _slice_loss: collectives.all_max(*): twice": "the maximum of maxima is that maximum",
+    "pentode/* max_: *: twice": "the maximum of maxima is that maximum",
+    "pentode/* start_join_: *: twice": "the parts that are joined do not change, so they are joined to the same",
+    "pentode/optim/master.py MasterWeights.*: start_join_(*): twice": "what was joined is joined to the same again",
+    "pentode/* broadcast_: *: twice": "the source gives what it gave",
+    "pentode/* gather_objects: *: twice": "the second list is equal to the first, and takes its place",
+    "pentode/* vocab_logits: *: twice": "the second copy of the vocabulary is cut off, as padding is",
+    "pentode/run/build.py names_of_model: gather_objects(own, mesh.pp): wider than mesh.pp": (
+        "ranks of tp give their stages' names once more, and a name that is there already is not added"
+    ),
+    # The other axis is as good, or is this one.
+    "pentode/* max_: *: another axis than axis": (
+        "only the world is ever asked, for signals, and no other axis has its size and other members"
+    ),
+    "pentode/dist/p2p.py connect: _every_line(pp): another axis than pp": (
+        "of this axis only the size is read, and the other one has the same; a wrong size is another mutant, which dies"
+    ),
+    # Not a part of a step.
+    "pentode/optim/master.py MasterWeights.publish: self.send(shard): *": (
+        "a step sends each shard as soon as it is stepped; only tests publish all at once, and of one process"
+    ),
+    # Only memory, or the number of messages and kernels.
+    "pentode/optim/clip.py _sum_of_squares: gradient.numel() // ALIGN: divided by twice as much": (
+        "moves the border between what is summed by rows and the rest, which is summed whole: all counts once; that "
+        "long float32 gradients lose digits so, tests/unit/test_clip.py finds"
+    ),
+    "pentode/optim/flat.py flatten: bucket_bytes // gradient_dtype.itemsize: *": (
+        "buckets of another size: the same sums in fewer messages, or in more"
+    ),
+    "pentode/optim/layout.py _round_up: -n // multiple: not divided": (
+        "a larger multiple: places stay aligned, and padding counts nowhere; tests/unit/test_master.py bounds it"
+    ),
+    "pentode/parallel/loss.py _slices: *": (
+        "more slices or fewer, with every token in one; tests/unit/test_loss.py says how many are needed"
+    ),
+    "pentode/run/build.py padded_vocabulary: -vocab_size // multiple: not divided": (
+        "a larger multiple: rows of padding, which count nowhere; tests/unit/test_tensor_parallel.py knows how many"
+    ),
+    # Waits that something else waits for.
+    "pentode/dist/p2p.py connect: channels.flush(): left out": (
+        "the receiver waits for this message, and the sender keeps it until it has gone, as any other"
+    ),
+    "pentode/* Pipeline._run: self.channels.flush(): left out": (
+        "the receivers wait; what is under way is kept by its channel, and no rank goes on far: sums over the world, "
+        "or drawn tokens, follow every run of a program, and end when all messages have come"
+    ),
+    "pentode/parallel/tensor_overlap.py matmul_scatter_gather: part.wait(): left out": (
+        "the products' parts come from the same ranks, sent after these: on one connection, NCCL stream or copy stream "
+        "what was sent first is there first, and those are waited for"
+    ),
+    # Only on GPUs: windows of symmetric memory, of which a CPU has none.
+    "pentode/dist/p2p.py Ring.__init__: window(*): another axis than axis": (
+        "on a CPU there is no window, and messages are sent on the axis itself"
+    ),
+    "pentode/parallel/tensor_overlap.py _passed_on: *": (
+        "bytes of a window, which a CPU has not: too many only take memory, too few are asserted against (Window.take)"
+    ),
+    # Only a refusal.
+    "pentode/parallel/spec.py Cut.__post_init__: self.axis.size // copies.size: not divided": (
+        "refuses pieces with copies that could be cut; tests/unit/test_spec.py cuts such a one"
+    ),
+    "pentode/parallel/spec.py Cut.__post_init__: self.axis.size // copies.size: another axis's": (
+        "refuses too little, and every layout's pieces can be cut; tests/unit/test_spec.py has one that cannot"
+    ),
+}
 
 
 def reason_for(key: str) -> str | None:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from multiprocessing.connection import Connection, wait
@@ -26,18 +26,20 @@ import torch.distributed as dist
 from tests.mutation.mutants import STAND_INS
 
 PAUSE = 0.01  # seconds by which slow messages are late
-SENDS = "batch_isend_irecv"
-SUMS = (  # late on all ranks but the first, which then has to wait for them
+LONG_PAUSE = 0.05  # by which weights are late, whose messages are few, with whole blocks computed between their uses
+SENDS = ("batch_isend_irecv",)
+SUMS = (
     "all_reduce",
-    "all_gather_into_tensor",
-    "all_gather_single",
     "reduce_scatter_tensor",
     "reduce_scatter_single",
-)
+)  # late on all ranks but the first: it has to wait
+JOINS = ("all_gather_into_tensor", "all_gather_single")  # late on the first, which always has a part of what is joined
 
 STUCK = 5.0  # seconds in which not one rank computes anything: then they wait for each other
 LOOKS = 10  # at a rank, in that time
 IDLE = 1e-4  # seconds of computing that are nothing
+
+COMPARE = ("assert_equal", "assert_written_alike", "whole")  # functions that say whether a rank's numbers are right
 
 FORK = multiprocessing.get_context("fork")
 
@@ -190,11 +192,12 @@ def _rank(rank: int, ranks: int, number: int, folder: Path, orders: Orders, meet
     threading.Thread(target=_watch, args=(threading.get_ident(), pipe, lock), daemon=True).start()
     try:
         torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)  # memory that nobody has written is full of NaN
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
         case = layouts.LAYOUTS[number]
         layouts.check(case, orders.expected / f"{layouts.PROBLEMS.index(case.problem)}.pt", rank=rank)
     except Exception as error:  # noqa: BLE001
-        compared = any(frame.name in ("assert_equal", "whole") for frame in traceback.extract_tb(error.__traceback__))
+        compared = any(frame.name in COMPARE for frame in traceback.extract_tb(error.__traceback__))
         how, said = "differs" if compared and isinstance(error, AssertionError) else "raises", _said()
     astray = strays(folder, orders.module)
     lock.acquire()  # for good: nothing is said after this
@@ -241,21 +244,24 @@ def _record_meshes() -> None:
 def _slow_down() -> None:
     """Make messages late, so that who does not wait for them reads too early."""
 
-    def slow(function: Any, *, first_too: bool) -> Any:
+    def slow(function: Any, late: Callable[[int], bool], pause: float = PAUSE) -> Any:
         @wraps(function)
-        def late(*arguments: Any, **options: Any) -> Any:
-            if first_too or dist.get_rank() > 0:
-                time.sleep(PAUSE)
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            if late(dist.get_rank()):
+                time.sleep(pause)
             return function(*arguments, **options)
 
-        return late
+        return slowly
 
-    for name in (*SUMS, SENDS):
-        if hasattr(dist, name):
-            setattr(dist, name, slow(getattr(dist, name), first_too=name == SENDS))
+    for name in filter(dist.__dict__.__contains__, SENDS):
+        setattr(dist, name, slow(getattr(dist, name), lambda _: True))
+    for name in filter(dist.__dict__.__contains__, SUMS):
+        setattr(dist, name, slow(getattr(dist, name), lambda rank: rank > 0))
+    for name in filter(dist.__dict__.__contains__, JOINS):
+        setattr(dist, name, slow(getattr(dist, name), lambda rank: rank == 0, LONG_PAUSE))
     from pentode.dist.p2p import Channels
 
-    Channels.send = slow(Channels.send, first_too=True)
+    Channels.send = slow(Channels.send, lambda _: True)
 
 
 def _installed(name: str) -> bool:
