@@ -21,6 +21,7 @@ from pentode.metrics.sinks import open_sinks
 from pentode.run.build import build, initialise_weights
 from pentode.train.journal import Journal
 from pentode.train.loop import one_step
+from pentode.train.replay import Steps
 from pentode.train.state import TrainState
 
 
@@ -31,10 +32,11 @@ def pentode_loop(root: Path) -> tuple[Callable[[], None], dict[str, int]]:
     initialise_weights(run)
     shape, tokens = run.config.model.model_config, run.config.tokens
     state = TrainState()
+    steps = Steps(run)
     journal = Journal(run, open_sinks(run.config, run="cpu_nano"), root)
 
     def step() -> None:
-        journal.add(one_step(run, state))
+        journal.add(one_step(run, state, steps))
         if state.step % config.logging.iteration_step_info_interval == 0:
             journal.flush()
 

@@ -56,7 +56,7 @@ def _trace(run: Run) -> dict[str, Any]:
     """Milliseconds by kind, and the longest kernels, of some steps more on the last batch."""
     _mark(run)
     step = run.config.tokens.train_steps
-    batches = run.feed.batches(step, consumed=0, first_number=0)
+    batches = [batch.to(run.device) for batch in run.feed.batches(step, consumed=0, first_number=0)]
     found = {}
 
     def again() -> None:
@@ -80,7 +80,6 @@ def _mark(run: Run) -> None:
         return within
 
     run.optimizer.step = marked(run.optimizer.step, "optimizer")
-    run.master.publish = marked(run.master.publish, "optimizer")
     run.master.finish_gradients = marked(run.master.finish_gradients, "optimizer")
     causal_lm.vocab_loss = marked(causal_lm.vocab_loss, "loss")
 

@@ -40,6 +40,8 @@ BF16_STATES = ("--training.dtype", "bfloat16")
 CASES = {
     "1B": Case("1B", 4, titan=NO_RECOMPUTATION),
     "8B8": Case("8B8", 4, titan=NO_RECOMPUTATION),
+    "1B float8": Case("1B", 4, model={"float8": "tensorwise"}),
+    "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2),
 }

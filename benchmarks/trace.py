@@ -1,6 +1,7 @@
 """Where a step's time goes on a GPU, read off a trace of torch.profiler."""
 
 import json
+import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ def traced(step: Callable[[], object], *, steps: int) -> list[dict[str, Any]]:
             step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
+        path = Path(os.environ.get("TRACE_FILE") or Path(folder) / "trace.json")
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     return [

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -66,11 +67,16 @@ class RankHandler(logging.Handler):
         super().close()
 
     def lines(self, record: logging.LogRecord, *, colour: bool) -> str:
-        clock = time.strftime("%m/%d/%Y %H:%M:%S", time.localtime(record.created))
+        clock = _clock(int(record.created))
         prefix = f"{clock} [{record.levelname}|{self.place}]"
         if colour:
             prefix = f"{COLOURS.get(record.levelno, ERROR_COLOUR)}{prefix}{RESET}"
         return "\n".join(f"{prefix}: {line}" for line in printable(record.getMessage()).split("\n"))
+
+
+@lru_cache(maxsize=1)
+def _clock(second: int) -> str:
+    return time.strftime("%m/%d/%Y %H:%M:%S", time.localtime(second))
 
 
 def setup(
@@ -146,17 +152,40 @@ def print_through(printer: Callable[[str], None] | None) -> None:
 
 def printable(text: str) -> str:
     """`text` with its credentials masked and its control characters (all but tab and newline) written out."""
-    return mask(text).translate(ESCAPES)
+    text = mask(text)
+    return text if text.isprintable() else text.translate(ESCAPES)
 
 
 def mask(text: str) -> str:
     """`text` without the values of secret environment variables and without logins and signatures in URLs."""
-    secrets = [value for name, value in os.environ.items() if len(value) >= SECRET_LENGTH and SECRET_NAME.search(name)]
-    for secret in sorted(secrets, key=len, reverse=True):  # the longest first: one may begin with another
+    for secret in SECRETS.values():
         text = text.replace(secret, "***")
     if "://" in text:
         text = URL_SIGNATURE.sub(r"\1=***", URL_LOGIN.sub("***@", text))
     return text
+
+
+class _Secrets:
+    """Values of secret environment variables, the longest first: one may begin with another.
+
+    Looked up again when there are more or fewer variables, and every second: a lookup takes longer than a line.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[str] = []
+        self._found = (-1, 0.0)  # number of variables, and when
+
+    def values(self) -> list[str]:
+        """The values."""
+        count, now = len(os.environ), time.monotonic()
+        if count != self._found[0] or now > self._found[1] + 1.0:
+            found = [v for name, v in os.environ.items() if len(v) >= SECRET_LENGTH and SECRET_NAME.search(name)]
+            self._known = sorted(found, key=len, reverse=True)
+            self._found = count, now
+        return self._known
+
+
+SECRETS = _Secrets()
 
 
 def human(x: float) -> str:

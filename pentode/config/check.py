@@ -14,6 +14,7 @@ from pentode.config.tree import Path, Problem, Section, path_of
 from pentode.config.validate import shown
 
 QUOTE = "'"
+FLOAT8_MULTIPLE = 16  # as ops/linear.py has it
 Found = Iterator[tuple[str, str]]  # dotted path, what is wrong there
 
 # Everything the schema knows that has no code behind it: path -> (values that work, what the others would be).
@@ -137,6 +138,28 @@ def _sequence_parallel(c: Config) -> Found:
                     f"{length} x tokens.micro_batch_size={sequences} tokens is not a multiple of parallelism.tp={tp}, "
                     "which tp_mode REDUCE_SCATTER needs; use ALL_REDUCE, or other numbers",
                 )
+
+
+def _float8(c: Config) -> Found:
+    if c.model.float8 is None:
+        return
+    where, p, shape = "model.float8", c.parallelism, c.model.model_config
+    if c.model.dtype != "bfloat16":
+        yield where, f"{c.model.float8} with model.dtype {c.model.dtype}; use bfloat16, or leave float8 out"
+    if p.tp > 1 and p.tp_linear_async_communication:
+        yield where, f"{c.model.float8} with tp_linear_async_communication is not built yet; set that to false"
+    if p.tp > 1 and p.tp_mode == "REDUCE_SCATTER" and p.tp_recompute_allgather:
+        yield where, f"{c.model.float8} with tp_recompute_allgather is not built yet; set that to false"
+    for name, size in (("width", shape.width), ("feed-forward width", shape.ffn_width)):
+        if size % (FLOAT8_MULTIPLE * p.tp):
+            yield where, f"the model's {name} of {size} is not a multiple of {FLOAT8_MULTIPLE} x tp={p.tp}"
+    for path, length in _lengths(c):
+        if length * c.tokens.micro_batch_size % FLOAT8_MULTIPLE:
+            yield (
+                path,
+                f"{length} x tokens.micro_batch_size={c.tokens.micro_batch_size} tokens is not a multiple of "
+                f"{FLOAT8_MULTIPLE}, which model.float8 needs",
+            )
 
 
 def _pipeline(c: Config) -> Found:
@@ -292,6 +315,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _heads,
     _tensor_parallel,
     _sequence_parallel,
+    _float8,
     _pipeline,
     _interleaving,
     _rope,

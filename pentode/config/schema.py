@@ -105,11 +105,20 @@ class ModelArgs:
     dtype: Annotated[Literal["float32", "float64", "bfloat16"], Folds] = Field(
         "bfloat16", description="type of weights and activations; the optimizer keeps bfloat16's masters in float32"
     )
+    float8: Annotated[Literal["tensorwise", "rowwise"], Folds] | None = Field(
+        None,
+        description="multiply in float8 in the blocks (bfloat16 models, recent GPUs), with a scale a tensor or a row",
+    )
     make_vocab_size_divisible_by: AtLeastOne = Field(1, description="pad the vocabulary to a multiple of this times tp")
     ddp_bucket_cap_mb: AtLeastOne = Field(
         25, description="MiB of gradients from which whole blocks are reduced together"
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile the blocks; auto: on a GPU")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile blocks, loss and optimizer; auto: on a GPU"
+    )
+    cuda_graph: Literal["auto", "on", "off"] = Field(
+        "auto", description="replay a recorded step: one GPU alone; auto: if it needs less than half of its memory"
+    )
 
 
 @section

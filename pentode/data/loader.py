@@ -5,7 +5,7 @@ Of a global batch, rank r of R reads the r-th contiguous part, in micro-batches 
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from pentode.data.order import sample_ids
 from pentode.data.windows import Source
 from pentode.errors import DataError
 from pentode.parallel.batch import Batch, batch_of
+
+WINDOW = 1024  # places of the order that are worked out at once
 
 
 class Loader:
@@ -46,6 +48,7 @@ class Loader:
         self._ahead = workers
         self._pin = pin
         self._threads = ThreadPoolExecutor(workers, "pentode-data") if workers else None
+        self._window = lru_cache(maxsize=4)(self._window_ids)
         self._prepared: dict[tuple[int, int], Future[list[Batch]]] = {}
 
     def step_batches(self, consumed: int, *, first_number: int) -> list[Batch]:
@@ -67,14 +70,23 @@ class Loader:
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
+    def _ids(self, first: int, count: int) -> np.ndarray:
+        """The samples at `count` places of the order, cut out of windows: a few of them take as long as a window."""
+        windows = range(first // WINDOW, (first + count - 1) // WINDOW + 1)
+        start = first - windows.start * WINDOW
+        return np.concatenate([self._window(number) for number in windows])[start : start + count]
+
+    def _window_ids(self, number: int) -> np.ndarray:
+        return sample_ids(number * WINDOW, WINDOW, length=len(self._source), seed=self._seed)
+
     def _read(self, consumed: int, first_number: int) -> list[Batch]:
-        ids = sample_ids(consumed + self._first, self._share, length=len(self._source), seed=self._seed)
+        ids = self._ids(consumed + self._first, self._share)
         rows = torch.from_numpy(checked_samples(self._source, ids, vocab_size=self._vocab_size))
         numbers = first_number + self._first + torch.arange(self._share)
         size = self._micro_batch_size
         parts = zip(rows.split(size), numbers.split(size), strict=True)
         batches = [batch_of(part, samples=samples) for part, samples in parts]
-        return [pinned(batch) for batch in batches] if self._pin else batches
+        return [batch.packed(pin=True) for batch in batches] if self._pin else batches
 
 
 def validation_batches(
@@ -101,7 +113,7 @@ def validation_batches(
         rows = torch.from_numpy(checked_samples(source, np.where(real, ids, 0), vocab_size=vocab_size))
         mask = torch.from_numpy(real)[:, None].expand(-1, rows.shape[1] - 1)
         batch = batch_of(rows, samples=torch.from_numpy(ids), mask=mask)
-        yield pinned(batch) if pin else batch
+        yield batch.packed(pin=True) if pin else batch
 
 
 def checked_samples(source: Source, ids: np.ndarray, *, vocab_size: int) -> np.ndarray:
@@ -115,8 +127,3 @@ def checked_samples(source: Source, ids: np.ndarray, *, vocab_size: int) -> np.n
             f"{vocab_size}; set model.model_config.vocab_size to {source.vocab_size}, or use another tokenizer"
         )
     return rows
-
-
-def pinned(batch: Batch) -> Batch:
-    """The same batch in pinned memory, from which a GPU copies without anybody waiting."""
-    return replace(batch, **{f.name: getattr(batch, f.name).pin_memory() for f in fields(batch)})

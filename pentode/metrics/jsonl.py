@@ -8,6 +8,7 @@ from typing import TextIO
 from pentode.metrics.record import Record
 
 NAME = "metrics.jsonl"
+ENCODE = json.JSONEncoder(allow_nan=False).encode  # made once: json.dumps makes one a call
 NOT_EVALUATED = b'"val_loss": null'
 
 Row = dict[str, float | int | None]
@@ -33,7 +34,7 @@ class JsonLines:
 
     def log(self, record: Record) -> None:
         assert self.file is not None, "log() before start()"
-        self.file.write(json.dumps(record.row(), allow_nan=False) + "\n")
+        self.file.write(ENCODE(record.row()) + "\n")
         self.file.flush()
 
     def close(self, status: str) -> None:

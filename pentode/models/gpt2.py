@@ -18,6 +18,7 @@ from pentode.nn.hf_rules import HFNames, rule
 from pentode.nn.norm import LayerNorm
 from pentode.nn.shared import Shared
 from pentode.ops.activation import ACTIVATIONS
+from pentode.ops.linear import Float8
 from pentode.parallel.loss import Vocab
 from pentode.parallel.tensor import ColumnLinear, Place, RowLinear, VocabEmbedding, VocabTable
 
@@ -90,6 +91,7 @@ def build(
     sequence_parallel: bool = False,
     gather_again: bool = False,
     overlap: bool = False,
+    float8: Float8 | None = None,
     seed: int = 0,
 ) -> CausalLM:
     """The part of the model that a pipeline stage holds, its weights not yet initialised.
@@ -104,6 +106,7 @@ def build(
         sequence_parallel=sequence_parallel,
         gather_again=gather_again,
         overlap=overlap,
+        float8=float8,
     )
     tables = {"padded": vocab_size_padded, "place": place}
     copies = mesh.ends if c.tied else None

@@ -137,21 +137,17 @@ class MasterWeights:
         """The parameters that got no gradient in this step, not even one of zeros."""
         return [name for name, count in self._arrivals.items() if count == 0]
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Give the model the master weights, rounded to its dtype; `wait_for` tells when a block's are there."""
-        for shard in self.shards:
-            shard.round_()
-            self.send(shard)
-
     def send(self, shard: Shard) -> None:
-        """Begin to give the model's weights of a shard, which are new, to the ranks that do not make them."""
+        """Begin to give the model's weights of a shard, which are new, to the ranks that do not make them.
+
+        `wait_for` tells when a block's are there.
+        """
         if self.sharded:
             bucket = self._bucket_of[shard]
             bucket.arriving = start_join_(bucket.model, self.data)
 
     def wait_for(self, block: str | None = None) -> None:
-        """Return when the model's weights of a block ("layers.3", "embed"), or of all, are those last published."""
+        """Return when the model's weights of a block ("layers.3", "embed"), or of all, are the newest."""
         for bucket in self._buckets if block is None else self._of_block.get(block, ()):
             if bucket.arriving is not None:
                 bucket.arriving.wait()

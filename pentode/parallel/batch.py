@@ -3,7 +3,7 @@
 T = B * S tokens, sample-major: the B sequences of S tokens one after another (design 1.6).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +37,33 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device, copied without waiting where the memory is pinned."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        if self.tokens.device == device:
+            return self
+        return self._of(self.buffer().to(device, non_blocking=True))
+
+    def packed(self, *, pin: bool = False) -> "Batch":
+        """The same batch, its tensors side by side in one buffer, which moves in one copy; `pin`: in pinned memory."""
+        buffer = self.buffer()
+        return self._of(buffer.pin_memory() if pin else buffer.clone())
+
+    def copy_(self, other: "Batch") -> None:
+        """Take the values of a batch of the same shape."""
+        self.buffer().copy_(other.buffer(), non_blocking=True)
+
+    def buffer(self) -> Tensor:
+        """All numbers in one tensor: the one that the fields are views of where they are, else a new one."""
+        parts = [self.tokens, self.labels, self.positions, self.samples]
+        starts = [part.storage_offset() for part in parts]
+        ends = [start + part.numel() for start, part in zip(starts, parts, strict=True)]
+        storages = {part.untyped_storage().data_ptr() for part in parts}
+        if len(storages) == 1 and starts[1:] == ends[:-1]:
+            return parts[0].as_strided((ends[-1] - starts[0],), (1,))
+        return torch.cat(parts)
+
+    def _of(self, buffer: Tensor) -> "Batch":
+        """A batch of these shapes, of which the buffer holds the numbers."""
+        tokens, sequences = self.tokens.numel(), self.samples.numel()
+        return Batch(*buffer.split([tokens, tokens, tokens, sequences]))
 
 
 def batch_of(rows: Tensor, *, samples: Tensor, mask: Tensor | None = None) -> Batch:

@@ -89,6 +89,7 @@ class _VocabLoss(torch.autograd.Function):
             product = grad.T @ x[rows]
             grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
             del logits, grad, product  # before the next slice's are made
+        assert grad_weight is not None, "no tokens, so no slice"
         loss = torch.stack(losses).sum()
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype = weight.dtype

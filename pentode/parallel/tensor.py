@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
+from pentode.ops.linear import Float8, linear
 from pentode.parallel import tensor_overlap
 from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
 
@@ -29,6 +30,7 @@ class Place:
     tp_kv         the neighbouring tp ranks that hold one key/value head together, where there are fewer than tp
     gather_again  under sequence parallelism, layers keep their input's shard and gather it again in backward
     overlap       layers communicate while they multiply
+    float8        how layers scale what they multiply in float8; None: they multiply in `dtype`
     """
 
     tp: Axis
@@ -38,6 +40,7 @@ class Place:
     sequence_parallel: bool = False
     gather_again: bool = False
     overlap: bool = False
+    float8: Float8 | None = None
 
     def parameter(
         self, *shape: int, cut: Cut | None = None, init: Init = "normal", shared_with: Axis | None = None
@@ -126,7 +129,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.place.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias, float8=self.place.float8)
         y = self._product(x)
         return y if self.bias is None else y + self.bias
 
@@ -138,7 +141,7 @@ class ColumnLinear(nn.Module):
             return tensor_overlap.replicated_linear(x, weight, place.tp)
         if place.sequence_parallel and place.gather_again:
             return _GatheringLinear.apply(x, weight, place.tp)
-        return place.enter(x) @ weight.T
+        return linear(place.enter(x), weight, float8=place.float8)
 
 
 class _GatheringLinear(torch.autograd.Function):
@@ -183,14 +186,15 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.place.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)  # one kernel, instead of a second pass for the bias
+            # One kernel, instead of a second pass for the bias.
+            return linear(x, self.weight, self.bias, float8=self.place.float8)
         y = self._product(x)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
         if self.place.overlap and self.place.sequence_parallel:
             return tensor_overlap.scattered_linear(x, self.weight, self.place.tp)
-        return self.place.leave(x @ self.weight.T)
+        return self.place.leave(linear(x, self.weight, float8=self.place.float8))
 
 
 class VocabTable(nn.Module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ def assemble(
 def build_stages(config: Config, mesh: Mesh, device: torch.device, *, training: bool = True) -> dict[int, CausalLM]:
     """The stages of the model that this rank holds, by number, their weights not yet filled.
 
-    Those for generation (not `training`) leave sequence parallelism out: one token cannot be cut.
+    Those for generation (not `training`) leave sequence parallelism out, and float8: one token cannot be cut.
     """
     shape, p = config.model.model_config, config.parallelism
     padded = padded_vocabulary(shape.vocab_size, config.model.make_vocab_size_divisible_by * mesh.tp.size)
@@ -133,9 +134,11 @@ def build_stages(config: Config, mesh: Mesh, device: torch.device, *, training: 
             f"[Vocab Size Padding] Padded vocab (size: {shape.vocab_size}) with {added} dummy tokens "
             f"(new size: {padded})"
         )
-    options: dict[str, bool] = {}
+    options: dict[str, Any] = {}
+    if training:
+        options["float8"] = config.model.float8
     if training and mesh.tp.size > 1:
-        options = {
+        options |= {
             "sequence_parallel": p.tp_mode == "REDUCE_SCATTER",
             "gather_again": p.tp_recompute_allgather,
             "overlap": p.tp_linear_async_communication,

@@ -48,7 +48,7 @@ class Feed:
         return self.data
 
     def batches(self, step: int, *, consumed: int, first_number: int) -> list[Batch]:
-        """This data rank's micro-batches of `step`.
+        """This data rank's micro-batches of `step`, in the host's memory, pinned for a GPU.
 
         consumed      samples that the stage has given before
         first_number  samples that the whole run has seen before
@@ -56,8 +56,7 @@ class Feed:
         data = self.open(step)
         if self.loader is None:
             self.loader = self._loader(data)
-        found = self.loader.step_batches(consumed, first_number=first_number)
-        return [batch.to(self.device) for batch in found]
+        return self.loader.step_batches(consumed, first_number=first_number)
 
     def validation(self, step: int) -> Iterator[Batch]:
         """This data rank's held-out micro-batches, the same ones each time; none if nothing is held out."""

@@ -6,8 +6,6 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-import torch
-
 from pentode import device as devices
 from pentode.errors import NonFiniteError
 from pentode.metrics.meter import Meter, Work
@@ -41,10 +39,26 @@ class Journal:
             world_size=run.world.size,
             peak_flops=peak_flops(devices.name(run.device)),
         )
+        self._numbers: list[devices.Fetched] = []  # loss and norm of each step kept
+        self._work_of: dict[int, Work] = {}  # by sequence length
+        self._wanted = 0  # how many of the steps kept are to be written when the device is busy with another
 
     def add(self, done: Done) -> None:
-        """Keep a step until the next flush."""
+        """Keep a step until its record is written; those that were wanted before it are now."""
         self.done.append(done)
+        self._numbers.append(devices.fetch(done.result.numbers))
+        if self._wanted:
+            self._flush(self._wanted)
+
+    def want(self) -> None:
+        """Have the records of all steps kept written: at once, or where a device works beside the host, under its work.
+
+        There the next step is given to it first, so that it does not wait for what the host writes.
+        """
+        if devices.is_gpu(self.run.device):
+            self._wanted = len(self.done)
+        else:
+            self.flush()
 
     def flush(self, *, val_loss: float | None = None) -> None:
         """Read the steps since the last flush from the device and give their records to the sinks.
@@ -52,15 +66,19 @@ class Journal:
         Their time and speed are means over them. Raises NonFiniteError for the first step that changed nothing, when
         those before it are written.
         """
-        if not self.done:
+        self._flush(len(self.done), val_loss=val_loss)
+
+    def _flush(self, count: int, *, val_loss: float | None = None) -> None:
+        """Write the records of the first `count` steps kept."""
+        self._wanted = 0
+        if not count:
             return
-        numbers = torch.stack([torch.stack([d.result.loss, d.result.norm.to(d.result.loss.dtype)]) for d in self.done])
-        rows = numbers.tolist()  # waits for the device
-        good = next((i for i, row in enumerate(rows) if not all(map(math.isfinite, row))), len(rows))
+        rows = [numbers.wait() for numbers in self._numbers[:count]]
+        good = next((i for i, row in enumerate(rows) if not all(map(math.isfinite, row))), count)
         if good > 0:
-            self._write(rows[:good], val_loss=val_loss if good == len(rows) else None)
-        self.done = self.done[good:]
-        if self.done:
+            self._write(rows[:good], self.done[:count], val_loss=val_loss if good == count else None)
+        self.done, self._numbers = self.done[good:], self._numbers[good:]
+        if good < count:
             loss, norm = rows[good]
             step = self.done[0].step
             raise NonFiniteError(
@@ -69,15 +87,15 @@ class Journal:
                 "look at the data, and start again from the last checkpoint"
             )
 
-    def _write(self, rows: list[list[float]], *, val_loss: float | None) -> None:
-        """Give the sinks the records of the first steps kept, one for each row of loss and norm."""
-        done = self.done[: len(rows)]
+    def _write(self, rows: list[list[float]], ran: list[Done], *, val_loss: float | None) -> None:
+        """Give the sinks the records of the first steps that ran, one for each row of loss and norm."""
+        done = ran[: len(rows)]
         last, memory = done[-1], devices.memory(self.run.device)
         gpu = devices.is_gpu(self.run.device)
         record = self.meter.record(
             last.step,
-            steps=len(self.done),  # all of them took their time, those that are not written too
-            work=reduce(add, (self._work(kept.step) for kept in self.done)),
+            steps=len(ran),  # all of them took their time, those that are not written too
+            work=reduce(add, (self._work(kept.step) for kept in ran)),
             consumed_tokens=last.consumed_tokens,
             lm_loss=rows[-1][0],
             grad_norm=rows[-1][1],
@@ -85,7 +103,7 @@ class Journal:
             val_loss=val_loss,
             memory_allocated=memory.allocated if gpu else None,
             memory_reserved=memory.peak_reserved if gpu else None,
-            disk=self.root if self.root.exists() and (self.show_disk or last.step < FIRST_STEPS) else None,
+            disk=self.root if (self.show_disk or last.step < FIRST_STEPS) and self.root.exists() else None,
         )
         self.show_disk = False
         for earlier, (loss, norm) in zip(done[:-1], rows[:-1], strict=True):
@@ -104,10 +122,13 @@ class Journal:
 
     def _work(self, step: int) -> Work:
         """What `step` did; a stage may have a sequence length of its own."""
-        config, length = self.run.config, self.run.feed.stage_at(step).sequence_length
-        shape, batch = config.model.model_config, config.global_batch_size
-        return Work(
-            tokens=batch * length,
-            flops=batch * shape.flops_per_sequence(length),
-            causal_flops=batch * shape.causal_flops_per_sequence(length),
-        )
+        length = self.run.feed.stage_at(step).sequence_length
+        if length not in self._work_of:
+            config = self.run.config
+            shape, batch = config.model.model_config, config.global_batch_size
+            self._work_of[length] = Work(
+                tokens=batch * length,
+                flops=batch * shape.flops_per_sequence(length),
+                causal_flops=batch * shape.causal_flops_per_sequence(length),
+            )
+        return self._work_of[length]

@@ -12,10 +12,10 @@ from pentode.optim.schedule import learning_rate
 from pentode.run.build import Run, memory_line
 from pentode.train.evaluate import validation_loss
 from pentode.train.journal import FIRST_STEPS, Done, Journal
+from pentode.train.replay import Steps
 from pentode.train.sanity import check_state, check_weights
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, save_state
-from pentode.train.step import train_step
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
     config = run.config
     checkpoints, last = config.checkpoints, config.tokens.train_steps
     announce(run, state)
-    journal = Journal(run, sinks, root)
+    journal, steps = Journal(run, sinks, root), Steps(run)
     saved = state.step if (root / str(state.step)).is_dir() else None
 
     def save() -> None:
@@ -55,24 +55,26 @@ def train(
         if stop.asked_anywhere(run.mesh.world, now=records_are_due(run, state.step)):
             if state.step > 0:
                 save()
+            journal.flush()
             raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")
-        journal.add(one_step(run, state))
+        journal.add(one_step(run, state, steps))
         if validation_is_due(run, state.step):
             devices.synchronize(run.device)  # the step's own work is not the validation's
             with journal.meter.outside():
                 loss = validate(run, state, stop)
             journal.flush(val_loss=loss)
         elif records_are_due(run, state.step):
-            journal.flush()
+            journal.want()
         if state.step < FIRST_STEPS:
             log.info(memory_line(run.device))
         if state.step % checkpoints.checkpoint_interval == 0:
             save()
+    journal.flush()
     if checkpoints.save_final_state:
         save()
 
 
-def one_step(run: Run, state: TrainState) -> Done:
+def one_step(run: Run, state: TrainState, steps: Steps) -> Done:
     """Train on the next global batch, and count it in `state`."""
     config, step = run.config, state.step + 1
     stage = run.feed.stage_at(step)
@@ -80,7 +82,7 @@ def one_step(run: Run, state: TrainState) -> Done:
     batches = run.feed.batches(
         step, consumed=state.stage_samples.get(stage.name, 0), first_number=state.consumed_samples
     )
-    result = train_step(run, batches, learning_rate=rate)
+    result = steps.do(batches, learning_rate=rate)
     state.advance(run)
     return Done(step, rate, state.consumed_tokens, result)
 

@@ -14,21 +14,35 @@ from pentode.run.build import Run
 from pentode.train.sanity import check_batches, check_gradients, check_weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
     """What a step found, still on the device: nothing waits for the host until the log asks.
 
-    loss  0-d, mean over all valid tokens of the global batch
-    norm  0-d, of the whole gradient, before clipping
+    numbers  [2]: `loss`, mean over all valid tokens of the global batch; `norm` of the whole gradient, before clipping
     """
 
-    loss: Tensor
-    norm: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor, norm: Tensor) -> "StepResult":
+        """The result with these, both 0-d."""
+        return cls(torch.stack([loss, norm.to(loss.dtype)]))
+
+    @property
+    def loss(self) -> Tensor:
+        """0-d."""
+        return self.numbers[0]
+
+    @property
+    def norm(self) -> Tensor:
+        """0-d."""
+        return self.numbers[1]
 
 
-def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
+def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float | Tensor) -> StepResult:
     """Forward and backward over the micro-batches, clip, update, publish.
 
+    learning_rate  a number, or 0-d float64 on the device
     A step whose loss or norm is not finite changes nothing, nor does any step after it (`Run.healthy`).
     """
     check_weights(run)
@@ -44,7 +58,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float) -> S
     run.healthy &= torch.isfinite(loss) & torch.isfinite(norm)
     scale = clip.clip_scale(norm, run.config.optimizer.clip_grad)
     run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy, stepped=run.master.send)
-    return StepResult(loss, norm)
+    return StepResult.of(loss, norm)
 
 
 def world_sums(loss: Tensor, squared_norm: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:

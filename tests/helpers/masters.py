@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pentode.optim.master import MasterWeights
@@ -20,3 +21,11 @@ def whole(master: MasterWeights, tensors: Sequence[Tensor]) -> dict[str, Tensor]
 def weights(master: MasterWeights) -> dict[str, Tensor]:
     """The master weights."""
     return whole(master, [shard.weight for shard in master.shards])
+
+
+def publish(master: MasterWeights) -> None:
+    """Give the model the master weights, as a step does."""
+    with torch.no_grad():
+        for shard in master.shards:
+            shard.round_()
+            master.send(shard)

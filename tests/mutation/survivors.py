@@ -25,9 +25,6 @@ SURVIVORS: dict[str, str] = {
         "of this axis only the size is read, and the other one has the same; a wrong size is another mutant, which dies"
     ),
     # Not a part of a step.
-    "pentode/optim/master.py MasterWeights.publish: self.send(shard): *": (
-        "a step sends each shard as soon as it is stepped; only tests publish all at once, and of one process"
-    ),
     # Only memory, or the number of messages and kernels.
     "pentode/optim/clip.py _sum_of_squares: gradient.numel() // ALIGN: divided by twice as much": (
         "moves the border between what is summed by rows and the rest, which is summed whole: all counts once; that "

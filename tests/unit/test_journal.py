@@ -52,7 +52,7 @@ def a_journal(folder: Path) -> tuple[Journal, list[Record]]:
 
 
 def a_step(step: int, *, loss: float = 2.0, norm: float = 1.0) -> Done:
-    return Done(step, 1e-3, 128 * step, StepResult(torch.tensor(loss), torch.tensor(norm)))
+    return Done(step, 1e-3, 128 * step, StepResult(torch.tensor([loss, norm])))
 
 
 def per_step(record: Record, name: str) -> float:

@@ -15,7 +15,7 @@ from pentode.optim.groups import Group
 from pentode.optim.layout import ALIGN, block_of, lay_out
 from pentode.optim.master import MasterWeights
 from pentode.parallel.spec import ParamSpec, parameter
-from tests.helpers.masters import weights
+from tests.helpers.masters import publish, weights
 from tests.helpers.spawn import run_on_ranks
 
 MIB = 2**20
@@ -211,7 +211,7 @@ def test_publish_rounds_masters_into_the_model_and_adopt_goes_back() -> None:
     master = master_of(model)
     with torch.no_grad():
         weights(master)["expert.weight"].fill_(1 + 2**-12)
-    master.publish()
+    publish(master)
     assert torch.equal(model.expert["weight"], torch.ones(WIDTH, dtype=torch.bfloat16))
     assert weights(master)["expert.weight"][0] == 1 + 2**-12
     master.adopt_weights()
@@ -239,7 +239,7 @@ def test_compiled_blocks_see_published_weights_without_recompiling(dtype: torch.
             for name, p in twin.named_parameters():
                 weights(master)[name].add_(0.25)
                 p.copy_(weights(master)[name])
-        master.publish()
+        publish(master)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2000, MIB])

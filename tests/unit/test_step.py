@@ -12,7 +12,7 @@ from pentode.parallel.batch import IGNORE, Batch
 from pentode.run.build import Run, build, build_stages, initial_weights, initialise_weights
 from pentode.train.evaluate import validation_loss
 from pentode.train.step import train_step, valid_tokens
-from tests.helpers.masters import weights
+from tests.helpers.masters import publish, weights
 from tests.helpers.tiny import tiny_config
 
 NO_DROPOUT = {f"model__model_config__{place}_pdrop": 0.0 for place in ("embd", "resid", "attn")}
@@ -104,14 +104,14 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, name: str) ->
     train_step(run, step_batches(run, 1), learning_rate=1e-2)
     good = weights(run.master)["norm.weight"].clone()
     weights(run.master)["norm.weight"][3] = torch.inf
-    run.master.publish()
+    publish(run.master)
     before = snapshot(run)
     train_step(run, step_batches(run, 2), learning_rate=1e-2)
     assert not run.healthy
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(run), strict=True))
 
     weights(run.master)["norm.weight"].copy_(good)
-    run.master.publish()
+    publish(run.master)
     train_step(run, step_batches(run, 3), learning_rate=1e-2)
     assert not run.healthy, "nothing may follow a bad step"
     assert torch.equal(weights(run.master)["norm.weight"], good)

@@ -17,6 +17,7 @@ from pentode.run.build import Run
 from pentode.run.feed import Feed
 from pentode.train import loop
 from pentode.train.journal import Done
+from pentode.train.replay import Steps
 from pentode.train.state import TrainState
 from tests.helpers.tiny import rows, tiny_yaml, weights
 
@@ -30,11 +31,11 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], No
     """Do `act` as step `step` begins, once."""
     real, done = loop.one_step, []
 
-    def one_step(run: Run, state: TrainState) -> Done:
+    def one_step(run: Run, state: TrainState, steps: Steps) -> Done:
         if state.step + 1 == step and not done:
             done.append(step)
             act()
-        return real(run, state)
+        return real(run, state, steps)
 
     monkeypatch.setattr(loop, "one_step", one_step)
 

@@ -1,0 +1,84 @@
+"""Steps of one GPU, recorded once and replayed: the host then launches a graph and not a thousand kernels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pentode import device as devices
+from pentode import log
+from pentode.parallel.batch import Batch
+from pentode.run.build import Run
+from pentode.train.step import StepResult, train_step
+
+WARM_UP = 3  # steps done as they are, in which everything is compiled and memory finds its size
+
+
+@dataclass
+class _Recorded:
+    """A step, and the memory it reads and writes each time."""
+
+    graph: devices.Graph
+    batches: Sequence[Batch]
+    learning_rate: Tensor
+    result: StepResult
+
+
+class Steps:
+    """Does a run's steps: as `train_step` does, or by replaying one that was recorded.
+
+    Replayed are those of a GPU that trains alone, where the config asks for it or by itself if a step needs less than
+    half of the memory: the host is what small models wait for, and a recorded step keeps its memory to itself.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._left = WARM_UP
+        self._recorded: _Recorded | None = None
+        self._asked = (
+            run.config.model.cuda_graph
+            if devices.is_gpu(run.device) and run.mesh.world.size == 1 and run.config.general.ignore_sanity_checks
+            else "off"
+        )
+
+    def do(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
+        """The next step, of batches that are still with the host."""
+        if self._recorded is not None and not _alike(self._recorded.batches, batches):
+            self._recorded, self._left = None, WARM_UP  # a stage with other lengths begins
+        if self._recorded is None and self._is_time():
+            self._recorded = self._record(batches)
+        if self._recorded is not None:
+            return self._replay(self._recorded, batches, learning_rate)
+        self._left -= 1
+        moved = [batch.to(self.run.device) for batch in batches]
+        return train_step(self.run, moved, learning_rate=learning_rate)
+
+    def _is_time(self) -> bool:
+        """Whether to record: enough steps were done, and they show that it pays."""
+        if self._asked == "auto" and self._left == 0 and not self._is_small():
+            self._asked = "off"
+        return self._asked != "off" and self._left <= 0
+
+    def _is_small(self) -> bool:
+        return devices.memory(self.run.device).peak_allocated < devices.total_memory(self.run.device) / 2
+
+    def _record(self, batches: Sequence[Batch]) -> _Recorded:
+        log.info("Recording a step, to replay it from here on")
+        own = [batch.to(self.run.device).packed() for batch in batches]
+        learning_rate = torch.zeros((), dtype=torch.float64, device=self.run.device)
+        graph = devices.Graph()
+        with graph.recording():
+            result = train_step(self.run, own, learning_rate=learning_rate)
+        return _Recorded(graph, own, learning_rate, result)
+
+    def _replay(self, recorded: _Recorded, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        for own, batch in zip(recorded.batches, batches, strict=True):
+            own.copy_(batch)
+        recorded.learning_rate.fill_(learning_rate)
+        recorded.graph.replay()
+        return StepResult(recorded.result.numbers.clone())
+
+
+def _alike(some: Sequence[Batch], others: Sequence[Batch]) -> bool:
+    return [(b.tokens.shape, b.samples.shape) for b in some] == [(b.tokens.shape, b.samples.shape) for b in others]
