@@ -3,9 +3,8 @@
 usage: torchrun --nproc-per-node=2 -m benchmarks.overlap [--layers 8] [--only NAME]
 
 Layers of the 8B shape of Llama, sequences of 4096 random tokens, bfloat16. Each option runs beside the same layout
-without it. In a trace of torch.profiler, communication is hidden while another kernel runs. A pipeline's receives begin
-early and wait, which a trace cannot tell from moving; there the step is compared with the schedule's own length (the
-simulator's, for the work that the trace shows), and what is longer with the time that the messages take by themselves.
+without it. In a trace of torch.profiler, communication is hidden while another kernel runs. A pipeline's step is also
+compared with its schedule's own length: the simulator's, for stages timed by themselves.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import json
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.trace import Span, length, shared, union
 from pentode import device as devices
 from pentode import log
 from pentode.config.load import config_from_dict
@@ -38,7 +38,6 @@ from pentode.train.step import train_step
 
 SEQUENCE, VOCABULARY = 4096, 32000
 WARM_UP, TIMED, TRACED = 4, 8, 3
-Span = tuple[float, float]  # microseconds
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ def _compare(option: Option, here: launch.World, device: torch.device, *, layers
     )
     if exposed is not None:
         moving, exposed_ms, ideal = exposed
-        return f"{before} | {moving:.2f} alone | {1 - exposed_ms / moving:.0%} (ideal step {ideal:.1f} ms)"
+        return (
+            f"{before} | {found.communication:.2f} ({moving:.2f} alone) | {found.hidden / found.communication:.0%} "
+            f"(the schedule alone: {ideal:.1f} ms, so {exposed_ms / ideal:.1%} is exposed)"
+        )
     found.communication *= option.covered
     kinds = ", ".join(f"{kind} {total:.2f} ms {hidden / total:.0%}" for kind, (total, hidden) in found.by_kind.items())
     before_hidden = f", without: {plain.hidden / plain.communication:.0%}" if plain and plain.communication else ""
@@ -223,6 +225,8 @@ def _traced(step: Callable[[], object], device: torch.device) -> tuple[list[Span
             kinds.setdefault(name.removeprefix("ncclDevKernel_").split("(")[0].split("_")[0], []).append(span)
         elif "barrier" in name:
             kinds.setdefault("meeting", []).append(span)
+        elif "signal" in name:
+            continue  # waits for another rank's work, or says that its own is done
         elif event["cat"] == "gpu_memcpy" and event["args"]["stream"] != main:
             kinds.setdefault("copy", []).append(span)
         else:
@@ -297,34 +301,6 @@ def _message(run: Run, form: Form) -> float:
         end.record()
         devices.synchronize(run.device)
     return max(gather_objects(begin.elapsed_time(end) / count, pp))
-
-
-def union(spans: Iterable[Span]) -> list[Span]:
-    """The same time, as spans that do not touch, in order."""
-    found: list[Span] = []
-    for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((begin, end))
-    return found
-
-
-def length(spans: Iterable[Span]) -> float:
-    """How long spans that do not touch are together."""
-    return sum(end - begin for begin, end in spans)
-
-
-def shared(some: list[Span], others: list[Span]) -> float:
-    """How long both last at the same time; each list is a `union`."""
-    total, i, j = 0.0, 0, 0
-    while i < len(some) and j < len(others):
-        total += max(0.0, min(some[i][1], others[j][1]) - max(some[i][0], others[j][0]))
-        if some[i][1] < others[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
 
 
 if __name__ == "__main__":

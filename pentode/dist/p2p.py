@@ -1,7 +1,9 @@
-"""Messages between two ranks: the channels of a pipeline, and the ring that tensor-parallel operators pass pieces around.
+"""Messages between two ranks: a pipeline's channels, and the ring that tensor-parallel operators pass pieces around.
 
-A channel is for one ordered pair of pipeline neighbours, first in, first out. Both directions of a pair have process groups of their own, so that what one rank sends never queues behind what it
-waits for. Both sides must name a channel's messages in the same order; a schedule's transfers do (`with_transfers`).
+A channel is for one ordered pair of pipeline neighbours, first in, first out. GPUs of one host write into each other's
+inbox (`dist/inbox.py`). For others, both directions of a pair have process groups of their own, so that what one rank
+sends never queues behind what it waits for. Both sides must name a channel's messages in the same order; a schedule's
+transfers do (`with_transfers`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pentode import device as devices
+from pentode.dist.collectives import gather_objects
+from pentode.dist.inbox import Arriving, Inbox, Leaving, open_inbox
 from pentode.dist.mesh import Axis
 from pentode.dist.symmetric import Pane, Read, window
 
@@ -32,7 +36,7 @@ class Receipt:
     """Tensors on their way here; `sent` is kept until they have come, where one message goes each way."""
 
     tensors: Tensors
-    works: Sequence[dist.Work | Read]
+    works: Sequence[dist.Work | Read | Arriving]
     sent: Tensor | None = None
 
     def wait(self) -> Tensors:
@@ -91,17 +95,31 @@ class Ring:
 class Channels:
     """This rank's ends of the channels along one pipeline axis."""
 
-    def __init__(self, groups: dict[tuple[int, int], dist.ProcessGroup], *, rank: int, device: torch.device) -> None:
-        self.rank, self.device = rank, device
+    def __init__(self, pp: Axis, groups: dict[tuple[int, int], dist.ProcessGroup], *, device: torch.device) -> None:
+        self.pp, self.rank, self.device = pp, pp.rank, device
+        self.inbox: Inbox | None = None
         self._groups = groups
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[dist.Work | Leaving, Tensor]] = []
+
+    def open_inbox(self, *, slots: int, nbytes: int) -> None:
+        """Let messages of up to so many bytes go by copy engines, where GPUs can; all ranks call, with their own bytes.
+
+        slots  how many messages of a channel may be on their way while a later one is waited for first
+        """
+        if self.pp.size > 1 and devices.is_gpu(self.device):
+            largest = max(gather_objects(nbytes, self.pp))
+            self.inbox = open_inbox(self.pp, self.device, slots=slots, nbytes=largest)
 
     def send(self, tensors: Tensors, *, to: int) -> None:
         """Begin to send to a rank of the axis, and return at once; the tensors are kept until they have gone."""
         self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         for tensor in tensors:
             whole = tensor.contiguous()
-            work = dist.isend(whole, group=self._groups[self.rank, to], group_dst=_place(to, self.rank))
+            inbox = self._inbox_for(whole)
+            if inbox is not None:
+                work = inbox.send(whole, to=to)
+            else:
+                work = dist.isend(whole, group=self._groups[self.rank, to], group_dst=_place(to, self.rank))
             assert work is not None, f"rank {self.rank} is not in the group of channel {self.rank} -> {to}"
             self._sent.append((work, whole))
 
@@ -109,8 +127,15 @@ class Channels:
         """Begin to receive tensors of these forms from a rank of the axis, and return at once."""
         tensors = tuple(torch.empty(form.shape, dtype=form.dtype, device=self.device) for form in forms)
         group, place = self._groups[source, self.rank], _place(source, self.rank)
-        works = [dist.irecv(tensor, group=group, group_src=place) for tensor in tensors]
+        works = [
+            dist.irecv(tensor, group=group, group_src=place) if inbox is None else inbox.receive(tensor, source=source)
+            for tensor in tensors
+            for inbox in [self._inbox_for(tensor)]
+        ]
         return Receipt(tensors, [work for work in works if work is not None])
+
+    def _inbox_for(self, tensor: Tensor) -> Inbox | None:
+        return self.inbox if self.inbox is not None and tensor.nbytes <= self.inbox.slot_bytes else None
 
     def flush(self) -> None:
         """Return when all that was sent has gone."""
@@ -126,7 +151,7 @@ def connect(pp: Axis, *, device: torch.device) -> Channels:
     sides wait for each other there, which later, in the middle of a schedule, could be for ever.
     """
     if pp.size == 1:
-        return Channels({}, rank=0, device=device)
+        return Channels(pp, {}, device=device)
     lines, options = _every_line(pp), devices.small_messages(device, blocks=BLOCKS)
     pairs = sorted({pair for i in range(pp.size) for pair in ((i, (i + 1) % pp.size), ((i + 1) % pp.size, i))})
     groups: dict[tuple[int, int], dist.ProcessGroup] = {}
@@ -136,7 +161,7 @@ def connect(pp: Axis, *, device: torch.device) -> Channels:
             if line[pp.rank] == dist.get_rank() and pp.rank in (source, target):
                 assert isinstance(group, dist.ProcessGroup), f"rank {pp.rank} got no group for {source} -> {target}"
                 groups[source, target] = group
-    channels = Channels(groups, rank=pp.rank, device=device)
+    channels = Channels(pp, groups, device=device)
     hello = torch.zeros(1, device=device)
     for source, target in pairs:
         if pp.rank == source:

@@ -25,14 +25,25 @@ except ImportError:  # a torch without it: messages go through NCCL
 
 ALIGN = 256  # bytes, so that every tensor in a window starts where kernels like it
 HALVES = 2
+SIGNAL_BYTES = 4  # of one channel, for each rank
 
 
-class _Handle(Protocol):
-    """What torch gives for a buffer that all ranks of a group have mapped."""
+class Handle(Protocol):
+    """What torch gives for a buffer that all ranks of a group have mapped. All but `get_buffer` is done by the stream.
+
+    A signal of a channel is put once, and waited for once; whoever puts it again first waits for that.
+    """
+
+    @property
+    def signal_pad_size(self) -> int: ...
 
     def barrier(self, channel: int = 0) -> None: ...
 
     def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int = 0) -> Tensor: ...
+
+    def put_signal(self, dst_rank: int, channel: int = 0) -> None: ...
+
+    def wait_signal(self, src_rank: int, channel: int = 0) -> None: ...
 
 
 class Window:
@@ -42,15 +53,11 @@ class Window:
     operator between, and nobody still reads what the half held before.
     """
 
-    def __init__(self, handle: _Handle, buffer: Tensor, *, rank: int) -> None:
-        self.handle, self.buffer, self.rank = handle, buffer, rank
-        self.side = devices.new_stream(buffer.device)
+    def __init__(self, handle: Handle, device: torch.device, *, rank: int, half_bytes: int) -> None:
+        """`half_bytes`: what one operator may pass on."""
+        self.handle, self.rank, self.half_bytes = handle, rank, half_bytes
+        self.side = devices.new_stream(device)
         self._half, self._used = 0, 0
-
-    @property
-    def half_bytes(self) -> int:
-        """What one operator may pass on."""
-        return self.buffer.numel() // HALVES
 
     def turn(self) -> None:
         """Begin an operator: use the other half."""
@@ -59,7 +66,7 @@ class Window:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Pane":
         """Room in this half for a tensor, at the same place in every rank's window."""
         start = self._half * self.half_bytes + self._used
-        self._used += _aligned(prod(shape) * dtype.itemsize)
+        self._used += aligned(prod(shape) * dtype.itemsize)
         assert self._used <= self.half_bytes, f"a window of {self.half_bytes} bytes for {self._used}"
         return Pane(self, shape, dtype, start // dtype.itemsize)
 
@@ -106,17 +113,37 @@ def window(axis: Axis, device: torch.device, *, nbytes: int) -> Window | None:
     All ranks of the axis call, with the same numbers. A larger one is made when it is first asked for.
     """
     assert axis.group is not None, f"axis {axis.name} has size {axis.size} and no group"
-    name, half_bytes = axis.group.group_name, _aligned(nbytes) + axis.size * ALIGN  # one pane a rank, each aligned
+    name, half_bytes = axis.group.group_name, aligned(nbytes) + axis.size * ALIGN  # one pane a rank, each aligned
     found = _windows.get(name)
     if name not in _windows or (found is not None and found.half_bytes < half_bytes):
         devices.synchronize(device)  # nobody reads the smaller one any more when all have made the larger one
-        _windows[name] = _open(axis, device, half_bytes) if _possible(axis, device) else None
+        handle = shared_buffer(axis, device, nbytes=HALVES * half_bytes)
+        _windows[name] = None if handle is None else Window(handle, device, rank=axis.rank, half_bytes=half_bytes)
     return _windows[name]
 
 
 def forget() -> None:
     """Give the windows back, before the groups end."""
     _windows.clear()
+
+
+def shared_buffer(axis: Axis, device: torch.device, *, nbytes: int, signals: int = 1) -> Handle | None:
+    """torch's handle of a buffer that all ranks of the axis have mapped; None on all where one of them cannot.
+
+    signals  channels of put_signal and wait_signal that are wanted
+    """
+    if not _possible(axis, device):
+        return None
+    assert symmetric_memory is not None, "no window without symmetric memory"
+    handle: Handle | None = None
+    try:
+        handle = symmetric_memory.rendezvous(
+            symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device), axis.group
+        )
+    except RuntimeError as error:
+        log.once(f"{axis.name}: GPUs cannot read each other's memory ({error}); NCCL moves what overlaps")
+    enough = handle is not None and signals * axis.size * SIGNAL_BYTES <= handle.signal_pad_size
+    return handle if all(gather_objects(enough, axis)) else None
 
 
 def _possible(axis: Axis, device: torch.device) -> bool:
@@ -128,24 +155,12 @@ def _possible(axis: Axis, device: torch.device) -> bool:
     return all(gather_objects(one_host and all(devices.reads(device, index) for index in others), axis))
 
 
-def _open(axis: Axis, device: torch.device, half_bytes: int) -> Window | None:
-    """A window, or None on all ranks where one of them could not make it."""
-    assert symmetric_memory is not None, "no window without symmetric memory"
-    handle = buffer = None
-    try:
-        buffer = symmetric_memory.empty(HALVES * half_bytes, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(buffer, axis.group)
-    except RuntimeError as error:
-        log.once(f"tensor parallelism: GPUs cannot read each other's memory ({error}); NCCL moves what overlaps")
-    made = all(gather_objects(handle is not None, axis))
-    return Window(handle, buffer, rank=axis.rank) if made and handle is not None and buffer is not None else None
-
-
 def _host() -> tuple[str, str]:
     """What differs between hosts, and between containers of one."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes, rounded up to where a tensor may start."""
     return -(-size // ALIGN) * ALIGN

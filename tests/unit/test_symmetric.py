@@ -111,7 +111,7 @@ def operate(kind: str, number: int, tp: Axis) -> None:
 def test_pieces_arrive_whole_however_late_they_are_read(ranks: int, slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
     half_bytes = HALVES * ranks * ALIGN  # of 120 bytes each: one piece for the gather, others for the scatter
     meeting, buffers = Meeting(ranks), [torch.zeros(HALVES * half_bytes, dtype=torch.uint8) for _ in range(ranks)]
-    windows = [Window(Handle(meeting, buffers, rank), buffers[rank], rank=rank) for rank in range(ranks)]
+    windows = [Window(Handle(meeting, buffers, rank), CPU, rank=rank, half_bytes=half_bytes) for rank in range(ranks)]
     for rank, window in enumerate(windows):
         monkeypatch.setattr(window, "side", Side(window.handle, slow=rank == slow))
     monkeypatch.setattr(p2p, "window", lambda axis, device, *, nbytes: windows[axis.rank])
@@ -134,5 +134,6 @@ def test_a_window_that_cannot_be_made_is_done_without(monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> Tensor:
         raise RuntimeError("no such memory here")
 
-    monkeypatch.setattr(symmetric, "symmetric_memory", SimpleNamespace(empty=refuse))
-    assert symmetric._open(Axis("tp"), CPU, ALIGN) is None
+    monkeypatch.setattr(symmetric, "symmetric_memory", SimpleNamespace(empty=refuse, rendezvous=refuse))
+    monkeypatch.setattr(symmetric, "_possible", lambda *_: True)
+    assert symmetric.shared_buffer(Axis("tp"), CPU, nbytes=ALIGN) is None

@@ -1,6 +1,7 @@
 """Runs a rank's program: the one interpreter of every schedule, with or without a pipeline."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from pentode.dist.p2p import Channels, Form, Receipt, Tensors
 from pentode.parallel.batch import Batch
 from pentode.parallel.pipeline.schedules import Action, Schedule, forward_only
-from pentode.parallel.pipeline.simulate import Transfer, with_transfers
+from pentode.parallel.pipeline.simulate import Transfer, messages_at_once, with_transfers
 
 Key = tuple[str, int, int]  # "activation" or "gradient", the stage that made it, micro-batch
 
@@ -41,7 +42,9 @@ class Pipeline:
 
     def __init__(self, stages: Mapping[int, Stage], schedule: Schedule, channels: Channels) -> None:
         self.stages, self.schedule, self.channels = stages, schedule, channels
-        self.program = with_transfers(schedule)[channels.rank]
+        programs = with_transfers(schedule)
+        self.program, self._slots = programs[channels.rank], max(map(messages_at_once, programs))
+        self._inbox_is_open = False
         self._forwards: dict[int, Sequence[Action | Transfer]] = {}
 
     @property
@@ -62,6 +65,7 @@ class Pipeline:
             raise ValueError(
                 f"forward_backward: {len(batches)} micro-batches, but {self.schedule.name} is made for {count}"
             )
+        self._open_inbox(batches[0])
         return _sum(self._run(self.program, batches, scale), like=scale)
 
     @torch.no_grad()
@@ -73,6 +77,15 @@ class Pipeline:
     def output(self, batch: Batch) -> Tensor | None:
         """What the last stage makes of one batch, whatever that is; None where this rank does not hold it."""
         return next(iter(self._run(self._forward_program(1), [batch], None)), None)
+
+    def _open_inbox(self, batch: Batch) -> None:
+        """Once, make room for what passes between stages in training, where GPUs write to each other."""
+        if self._inbox_is_open:
+            return
+        self._inbox_is_open = True
+        messages = [forms for stage in self.stages.values() for forms in (stage.takes(batch), stage.gives(batch))]
+        nbytes = max(prod(form.shape) * form.dtype.itemsize for forms in messages for form in forms)
+        self.channels.open_inbox(slots=(self._slots + 1) * max(map(len, messages)), nbytes=nbytes)
 
     def _forward_program(self, micro_batches: int) -> Sequence[Action | Transfer]:
         if micro_batches not in self._forwards:

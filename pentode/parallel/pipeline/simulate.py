@@ -117,6 +117,27 @@ def with_transfers(schedule: Schedule) -> tuple[tuple[Action | Transfer, ...], .
     return tuple(_program_with_transfers(rank, schedule, sent) for rank in range(len(schedule.programs)))
 
 
+def messages_at_once(program: Sequence[Action | Transfer]) -> int:
+    """The most messages of one channel that a rank has not used when it needs the newest of them."""
+    most = 0
+    waiting: dict[int, list[tuple[str, int, int]]] = {}  # by the rank they come from, in their order
+    used: set[tuple[str, int, int]] = set()
+    for step in program:
+        if isinstance(step, Transfer):
+            if step.kind == "POST":
+                waiting.setdefault(step.peer, []).append((step.what, step.stage, step.micro_batch))
+            continue
+        kind, stage, i = step
+        needs = ("activation", stage - 1, i) if kind == "F" else ("gradient", stage + 1, i)
+        for messages in waiting.values():
+            if needs in messages:
+                most = max(most, messages.index(needs) + 1)
+                used.add(needs)
+            while messages and messages[0] in used:
+                messages.pop(0)
+    return most
+
+
 def _program_with_transfers(
     rank: int, schedule: Schedule, sent: Mapping[tuple[int, int], Sequence[Action]]
 ) -> tuple[Action | Transfer, ...]:
