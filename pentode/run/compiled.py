@@ -1,6 +1,6 @@
 """What of a step is compiled: blocks, one graph for all of a kind (design 1.4), recomputed or not; loss; optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,10 @@ from pentode.nn.causal_lm import CausalLM, run_block
 from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
+
+# To try variants of a kernel that writes where it reads, inductor first copies all that: tens of GB, to the host where the
+# device is full. These kernels are bound by memory, where variants differ little.
+IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
 
 
 class Kernels(NamedTuple):
@@ -35,8 +39,8 @@ def kernels(config: Config, device: torch.device) -> Kernels:
     if not is_wanted(config, device):
         return Kernels()
     return Kernels(
-        loss=Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE)),
-        update=torch.compile(update_, fullgraph=True, dynamic=True),
+        loss=Passes(*(torch.compile(one, fullgraph=True, options=IN_PLACE) for one in TO_COMPILE)),
+        update=torch.compile(update_, fullgraph=True, dynamic=True, options=IN_PLACE),
     )
 
 
