@@ -12,8 +12,8 @@ from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
 
-# To try variants of a kernel that writes where it reads, inductor first copies all that: tens of GB, to the host where the
-# device is full. These kernels are bound by memory, where variants differ little.
+# To try variants of a kernel that writes where it reads, inductor first copies all that: tens of GB, to the host where
+# the device is full. These kernels are bound by memory, where variants differ little.
 IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
 
 
