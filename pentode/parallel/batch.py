@@ -48,17 +48,30 @@ class Batch:
 
     def copy_(self, other: "Batch") -> None:
         """Take the values of a batch of the same shape."""
-        self.buffer().copy_(other.buffer(), non_blocking=True)
+        into = self._in_place()
+        if into is not None:
+            into.copy_(other.buffer(), non_blocking=True)
+        else:
+            for part, new in zip(self._parts(), other._parts(), strict=True):
+                part.copy_(new, non_blocking=True)
 
     def buffer(self) -> Tensor:
         """All numbers in one tensor: the one that the fields are views of where they are, else a new one."""
-        parts = [self.tokens, self.labels, self.positions, self.samples]
+        found = self._in_place()
+        return torch.cat(self._parts()) if found is None else found
+
+    def _parts(self) -> list[Tensor]:
+        return [self.tokens, self.labels, self.positions, self.samples]
+
+    def _in_place(self) -> Tensor | None:
+        """The tensor that the fields are views of, side by side and in their order, if there is one."""
+        parts = self._parts()
         starts = [part.storage_offset() for part in parts]
         ends = [start + part.numel() for start, part in zip(starts, parts, strict=True)]
         storages = {part.untyped_storage().data_ptr() for part in parts}
-        if len(storages) == 1 and starts[1:] == ends[:-1]:
+        if len(storages) == 1 and starts[1:] == ends[:-1] and all(part.is_contiguous() for part in parts):
             return parts[0].as_strided((ends[-1] - starts[0],), (1,))
-        return torch.cat(parts)
+        return None
 
     def _of(self, buffer: Tensor) -> "Batch":
         """A batch of these shapes, of which the buffer holds the numbers."""
