@@ -153,6 +153,9 @@ def _float8(c: Config) -> Found:
     for name, size in (("width", shape.width), ("feed-forward width", shape.ffn_width)):
         if size % (FLOAT8_MULTIPLE * p.tp):
             yield where, f"the model's {name} of {size} is not a multiple of {FLOAT8_MULTIPLE} x tp={p.tp}"
+    kv = 2 * max(shape.kv_heads // p.tp, 1) * (shape.width // shape.heads)  # beside the queries, in one product
+    if kv % FLOAT8_MULTIPLE:
+        yield where, f"the {kv} features of keys and values on a rank are not a multiple of {FLOAT8_MULTIPLE}"
     for path, length in _lengths(c):
         if length * c.tokens.micro_batch_size % FLOAT8_MULTIPLE:
             yield (
@@ -160,6 +163,18 @@ def _float8(c: Config) -> Found:
                 f"{length} x tokens.micro_batch_size={c.tokens.micro_batch_size} tokens is not a multiple of "
                 f"{FLOAT8_MULTIPLE}, which model.float8 needs",
             )
+
+
+def _cuda_graph(c: Config) -> Found:
+    if c.model.cuda_graph != "on":
+        return
+    where, instead = "model.cuda_graph", "steps of one GPU alone are replayed; use auto, or off"
+    if c.world_size > 1:
+        yield where, f"on, but parallelism has {c.world_size} ranks, and {instead}"
+    if c.general.device == "cpu":
+        yield where, f"on, but general.device is cpu, and {instead}"
+    if not c.general.ignore_sanity_checks:
+        yield where, "on, but general.ignore_sanity_checks is false, and a replayed step checks nothing; set it to true"
 
 
 def _pipeline(c: Config) -> Found:
@@ -316,6 +331,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _tensor_parallel,
     _sequence_parallel,
     _float8,
+    _cuda_graph,
     _pipeline,
     _interleaving,
     _rope,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pentode import device as devices
 from pentode import log
+from pentode.errors import ConfigError
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
 from pentode.train.step import StepResult, train_step
@@ -36,11 +37,11 @@ class Steps:
         self.run = run
         self._left = WARM_UP
         self._recorded: _Recorded | None = None
-        self._asked = (
-            run.config.model.cuda_graph
-            if devices.is_gpu(run.device) and run.mesh.world.size == 1 and run.config.general.ignore_sanity_checks
-            else "off"
-        )
+        gpu, asked = devices.is_gpu(run.device), run.config.model.cuda_graph
+        if asked == "on" and not gpu:
+            raise ConfigError(["model.cuda_graph: on, but torch finds no GPU here; use auto, or off"])
+        alone = gpu and run.mesh.world.size == 1 and run.config.general.ignore_sanity_checks
+        self._asked = asked if alone else "off"
 
     def do(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
         """The next step, of batches that are still with the host."""

@@ -27,7 +27,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 80
 
 SAYS_CUDA = ("pentode/device.py", "pentode/config/schema.py", "pentode/config/legacy.py")
-CUDA_FIELDS = ("cuda_memory_allocated", "cuda_max_memory_reserved")  # Nanotron's log fields
+CUDA_FIELDS = ("cuda_memory_allocated", "cuda_max_memory_reserved", "cuda_graph")  # of Nanotron's log; of the config
 
 COMMUNICATES = ("pentode/dist/collectives.py", "pentode/dist/p2p.py")
 COMMUNICATION = re.compile(

@@ -6,27 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
 from pentode.parallel.batch import IGNORE, Batch
-from pentode.run.build import Run, build, build_stages, initial_weights, initialise_weights
+from pentode.run.build import Run, build_stages, initial_weights
 from pentode.train.evaluate import validation_loss
 from pentode.train.step import train_step, valid_tokens
 from tests.helpers.masters import publish, weights
+from tests.helpers.steps import step_batches, tiny_run
 from tests.helpers.tiny import tiny_config
 
 NO_DROPOUT = {f"model__model_config__{place}_pdrop": 0.0 for place in ("embd", "resid", "attn")}
-
-
-def tiny_run(folder: Path, **changes: object) -> Run:
-    run = build(tiny_config(folder, **changes), World(), first_step=1)
-    initialise_weights(run)
-    return run
-
-
-def step_batches(run: Run, step: int) -> list[Batch]:
-    samples = (step - 1) * run.config.global_batch_size
-    return run.feed.batches(step, consumed=samples, first_number=samples)
 
 
 def masked(batch: Batch, keep: int) -> Batch:

@@ -1,0 +1,175 @@
+"""Steps that are recorded and replayed are the steps themselves, and are only where they can be."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from pentode.dist.mesh import Axis
+from pentode.errors import ConfigError
+from pentode.parallel.batch import Batch
+from pentode.run.build import Run
+from pentode.train import replay
+from pentode.train.replay import WARM_UP, Steps
+from pentode.train.state import TrainState
+from pentode.train.step import StepResult, train_step
+from tests.helpers.masters import weights
+from tests.helpers.steps import step_batches, tiny_run
+from tests.helpers.tiny import tiny_dict
+
+STEPS = WARM_UP + 4
+TOTAL = 1000  # bytes that the GPU played here has
+
+
+class Recorder:
+    """A GPU played by the CPU: a recorded step is not done; replayed, it is done on the tensors it was given."""
+
+    def __init__(self, *, peak: int = 0) -> None:
+        self.replays: list[int] = []  # of each graph
+        self.given: Callable[[], None] | None = None
+        self.recording = False
+        self.devices = SimpleNamespace(
+            is_gpu=lambda device: True,
+            memory=lambda device: SimpleNamespace(peak_allocated=peak),
+            total_memory=lambda device: TOTAL,
+            Graph=self.graph,
+        )
+
+    def train_step(self, run: Run, batches: Sequence[Batch], *, learning_rate: float | Tensor) -> StepResult:
+        if not self.recording:
+            return train_step(run, batches, learning_rate=learning_rate)
+        result = StepResult(torch.full((2,), torch.nan, dtype=torch.float64))
+
+        def again() -> None:
+            result.numbers.copy_(train_step(run, batches, learning_rate=learning_rate).numbers)
+
+        self.given = again
+        return result
+
+    def graph(self) -> SimpleNamespace:
+        number, steps = len(self.replays), []
+        self.replays.append(0)
+
+        @contextmanager
+        def recording() -> Iterator[None]:
+            self.recording = True
+            yield
+            self.recording = False
+            steps.append(self.given)
+
+        def again() -> None:
+            self.replays[number] += 1
+            (step,) = steps
+            step()
+
+        return SimpleNamespace(recording=recording, replay=again)
+
+
+def played(monkeypatch: pytest.MonkeyPatch, *, peak: int = 0) -> Recorder:
+    """Give `train.replay` a GPU, of which a step takes `peak` of TOTAL bytes."""
+    recorder = Recorder(peak=peak)
+    monkeypatch.setattr(replay, "devices", recorder.devices)
+    monkeypatch.setattr(replay, "train_step", recorder.train_step)
+    return recorder
+
+
+def rate(step: int) -> float:
+    return 1e-2 / step
+
+
+def run_of(folder: Path, cuda_graph: Literal["auto", "on", "off"] = "on", **changes: Any) -> Run:
+    run = tiny_run(folder, model__dtype="float64", **changes)
+    run.config = replace(run.config, model=replace(run.config.model, cuda_graph=cuda_graph))  # refused beside `cpu`
+    return run
+
+
+def batches_of(run: Run, state: TrainState) -> list[Batch]:
+    stage = run.feed.stage_at(state.step + 1)
+    return run.feed.batches(
+        state.step + 1, consumed=state.stage_samples.get(stage.name, 0), first_number=state.consumed_samples
+    )
+
+
+def do(steps: Steps, count: int) -> list[StepResult]:
+    return [steps.do(step_batches(steps.run, step), learning_rate=rate(step)) for step in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_replayed_steps_are_the_steps_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    recorder = played(monkeypatch)
+    changes = {"optimizer__optimizer_factory__torch_adam_is_fused": fused}
+    plain, replayed = run_of(tmp_path, "off", **changes), run_of(tmp_path, **changes)
+    want = [train_step(plain, step_batches(plain, n), learning_rate=rate(n)) for n in range(1, STEPS + 1)]
+    got = do(Steps(replayed), STEPS)
+    assert recorder.replays == [STEPS - WARM_UP]
+    for one, other in zip(got, want, strict=True):  # those of earlier steps, too, when later ones are done
+        assert torch.equal(one.numbers, other.numbers)
+    for name, weight in weights(plain.master).items():
+        assert torch.equal(weights(replayed.master)[name], weight)
+
+
+def test_a_recorded_step_has_batches_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    run = run_of(tmp_path)
+    steps, given = Steps(run), [step_batches(run, step) for step in range(1, STEPS + 1)]
+    for batches in given:
+        steps.do(batches, learning_rate=1e-3)
+    for step, batches in enumerate(given, start=1):
+        for batch, want in zip(batches, step_batches(run, step), strict=True):
+            assert torch.equal(batch.tokens, want.tokens)
+
+
+def test_another_length_is_recorded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = played(monkeypatch)
+    (first,) = tiny_dict(tmp_path)["data_stages"]
+    second = first | {"name": "short", "start_training_step": STEPS, "sequence_length": 8}
+    changes = {"data_stages": [first, second], "tokens__train_steps": STEPS + 6}
+    plain, replayed = run_of(tmp_path, "off", **changes), run_of(tmp_path, **changes)
+    steps, state = Steps(replayed), TrainState()
+    for step in range(1, STEPS + 6):
+        batches = batches_of(plain, state)
+        assert batches[0].sequence_length == (16 if step < STEPS else 8)
+        want = train_step(plain, batches, learning_rate=rate(step))
+        got = steps.do(batches, learning_rate=rate(step))
+        torch.testing.assert_close(got.numbers, want.numbers)
+        state.advance(plain)
+    assert recorder.replays == [STEPS - 1 - WARM_UP, 6 - WARM_UP]
+
+
+def test_what_cannot_or_shall_not_be_replayed_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = played(monkeypatch)
+    off, checked = run_of(tmp_path, "off"), run_of(tmp_path, "auto", general__ignore_sanity_checks=False)
+    for run in (off, checked):
+        do(Steps(run), STEPS)
+    several = run_of(tmp_path, "auto")
+    several.mesh = SimpleNamespace(world=Axis("world", 2, 0))
+    steps = Steps(several)
+    several.mesh = off.mesh  # the ranks are not there to be summed over
+    do(steps, STEPS)
+    recorder.devices.is_gpu = lambda device: False
+    do(Steps(run_of(tmp_path, "auto")), STEPS)
+    assert recorder.replays == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "peak", "is_recorded"),
+    [("auto", TOTAL // 2 - 1, True), ("auto", TOTAL // 2, False), ("on", TOTAL, True)],
+)
+def test_by_itself_a_step_is_recorded_that_needs_less_than_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: Literal["auto", "on"], peak: int, is_recorded: bool
+) -> None:
+    recorder = played(monkeypatch, peak=peak)
+    steps = Steps(run_of(tmp_path, wanted))
+    do(steps, STEPS)
+    assert recorder.replays == ([STEPS - WARM_UP] if is_recorded else [])
+
+
+def test_replaying_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model.cuda_graph: on, but torch finds no GPU here; use auto, or off$"):
+        Steps(run_of(tmp_path, "on"))
