@@ -1,6 +1,6 @@
 """AdamW over flat buffers, fused and plain, against torch.optim.AdamW."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ import torch
 from pentode.config.kinds.optimizers import AdamWOptimizerArgs
 from pentode.dist.mesh import Axis
 from pentode.optim import fused
-from pentode.optim.adamw import AdamW
+from pentode.optim.adamw import AdamW, Update, update_
+from pentode.optim.flat import Shard
 from pentode.optim.groups import Group
+from pentode.optim.layout import ALIGN
 from pentode.optim.master import MasterWeights
 from pentode.optim.registry import build_optimizer
 from pentode.parallel.spec import ParamSpec, parameter
@@ -22,7 +24,7 @@ ONE = torch.tensor(1.0)
 
 
 def make(
-    dtype: torch.dtype, *, use_fused: bool, accumulate_in: torch.dtype | None = None
+    dtype: torch.dtype, *, use_fused: bool, accumulate_in: torch.dtype | None = None, update: Update | None = None
 ) -> tuple[MasterWeights, AdamW]:
     """Masters of four parameters, biases not decayed, in several buckets."""
     torch.manual_seed(0)
@@ -40,7 +42,7 @@ def make(
         bucket_bytes=100,
         accumulate_in=accumulate_in or torch.promote_types(dtype, torch.float32),
     )
-    return master, AdamW(master.shards, betas=BETAS, eps=EPS, use_fused=use_fused)
+    return master, AdamW(master.shards, betas=BETAS, eps=EPS, use_fused=use_fused, update=update)
 
 
 def give(master: MasterWeights, *, seed: int) -> None:
@@ -143,6 +145,93 @@ def test_writing_the_state_back_continues_bit_for_bit(use_fused: bool) -> None:
         o.step(learning_rate=0.1, scale=ONE, finite=YES)
     for a, b in zip(snapshot(master, optimizer), snapshot(other, restored), strict=True):
         assert torch.equal(a, b)
+
+
+KINDS = [  # model, gradients
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+]
+
+
+def equal_the_plain_form(update: Update, dtype: torch.dtype, gradients: torch.dtype) -> None:
+    """Make steps with `update` and in plain form, one of them not finite, and compare all that they change."""
+    plain, plain_optimizer = make(dtype, use_fused=False, accumulate_in=gradients)
+    master, optimizer = make(dtype, use_fused=True, accumulate_in=gradients, update=update)
+    assert not optimizer.fused
+    for step in range(6):
+        finite = torch.tensor(step != 3)
+        scale = torch.tensor(0.3 if step != 3 else torch.nan)
+        rate = 0.1 / (step + 1) if step % 2 else torch.tensor(0.1 / (step + 1), dtype=torch.float64)
+        before = snapshot(master, optimizer) + [shard.model.clone() for shard in master.shards]
+        for weights_, one in ((plain, plain_optimizer), (master, optimizer)):
+            give(weights_, seed=step)
+            if step == 3:
+                weights_.gradients["layers.0.w"][2, 1] = torch.inf
+            one.step(learning_rate=rate, scale=scale, finite=finite)
+        after = snapshot(master, optimizer) + [shard.model.clone() for shard in master.shards]
+        if step == 3:
+            assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+        else:
+            assert not any(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+        for shard in master.shards:
+            assert torch.equal(shard.model, shard.weight.to(dtype))
+        for got, want in zip(snapshot(master, optimizer), snapshot(plain, plain_optimizer), strict=True):
+            torch.testing.assert_close(got, want)
+    held = sum(torch.count_nonzero(shard.weight) for shard in master.shards)
+    assert held == sum(torch.count_nonzero(w) for w in weights(master).values())  # padding stays zero
+
+
+@pytest.mark.parametrize(("dtype", "gradients"), KINDS)
+def test_an_update_in_one_pass_equals_the_plain_form(dtype: torch.dtype, gradients: torch.dtype) -> None:
+    given: list[torch.Size] = []
+
+    def update(*tensors: torch.Tensor | None) -> None:
+        given.append(tensors[0].shape)
+        update_(*tensors)
+
+    equal_the_plain_form(update, dtype, gradients)
+    assert len(given) == 6 * len(make(dtype, use_fused=False)[0].shards), "one pass a shard"
+    assert {shape[1] for shape in given} == {ALIGN}
+
+
+@pytest.mark.long  # the compiler takes a minute
+@pytest.mark.parametrize(("dtype", "gradients"), KINDS)
+def test_the_compiled_update_equals_the_plain_form(dtype: torch.dtype, gradients: torch.dtype) -> None:
+    torch.compiler.reset()
+    equal_the_plain_form(torch.compile(update_, fullgraph=True, dynamic=True), dtype, gradients)
+
+
+def test_the_update_is_for_those_who_want_the_fused_one() -> None:
+    assert make(torch.float32, use_fused=False, update=update_)[1].update is None
+
+
+def shards(dtype: torch.dtype, decays: Sequence[float]) -> list[Shard]:
+    """Shards of different lengths, one for each weight decay, with gradients."""
+    made = []
+    for i, decay in enumerate(decays):
+        model = torch.randn(ALIGN * (i + 1), dtype=dtype)
+        weight = model if dtype == torch.float32 else model.float()
+        made.append(Shard(0, model.numel(), weight, model, torch.randn(model.shape), decay))
+    return made
+
+
+@pytest.mark.parametrize("how", ["plain", "fused", "one pass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_shard_is_told_of_in_order_when_its_model_has_the_new_weights(dtype: torch.dtype, how: str) -> None:
+    made = shards(dtype, [DECAY, DECAY, 0.0, 0.0, DECAY])
+    update = update_ if how == "one pass" else None
+    optimizer = AdamW(made, betas=BETAS, eps=EPS, use_fused=how != "plain", update=update)
+    then, told = [shard.model.clone() for shard in made], []
+
+    def stepped(shard: Shard) -> None:
+        assert torch.equal(shard.model, shard.weight.to(dtype))
+        assert not torch.equal(shard.model, then[made.index(shard)])
+        told.append(shard)
+
+    optimizer.step(learning_rate=0.1, scale=ONE, finite=YES, stepped=stepped)
+    assert told == made
 
 
 def test_the_registry_reads_the_config() -> None:

@@ -1,0 +1,89 @@
+"""The passes of the cross-entropy to be compiled are the plain ones, compiled or not, and both are torch's own."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def inputs(
+    n: int, rows: int, held: int, *, dtype: torch.dtype, seed: int = 0, large: float = 5.0
+) -> tuple[Tensor, ...]:
+    """Logits with `rows - held` columns of padding, the log of each row's total, and of each row what to subtract.
+
+    Every third row has no label; every third from the second on has its label on another rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = (large * torch.randn(n, rows, generator=generator, dtype=torch.float64)).to(dtype)
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    log_total = wide[:, :held].logsumexp(1) + 0.1
+    valid, here = torch.arange(n) % 3 != 0, torch.arange(n) % 3 == 2
+    factor = 1.3 * valid.to(wide.dtype)
+    row = torch.randint(held, (n,), generator=generator) * here
+    return logits, log_total, factor, here.to(wide.dtype), row
+
+
+def gradient(passes: Passes, held: int, given: tuple[Tensor, ...]) -> Tensor:
+    logits, *others = given
+    changed = logits.clone()
+    passes.gradient_(changed, held, *others)
+    return changed
+
+
+def check(passes: Passes, *, n: int, rows: int, held: int, dtype: torch.dtype) -> None:
+    given = inputs(n, rows, held, dtype=dtype)
+    logits, log_total, factor, hot, row = given
+    for got, want in zip(passes.statistics(logits, held), PLAIN.statistics(logits, held), strict=True):
+        assert got.dtype == want.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(got, want)
+    got, want = gradient(passes, held, given), gradient(PLAIN, held, given)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want)
+    assert not got[:, held:].any()
+    assert not got[factor == 0].any()
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    spelled_out = (wide - log_total[:, None]).exp() * factor[:, None]
+    spelled_out[:, held:] = 0
+    spelled_out[torch.arange(n), row] -= hot
+    torch.testing.assert_close(got, spelled_out.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("passes", [PLAIN, TO_COMPILE], ids=["plain", "to compile"])
+@given(n=st.integers(1, 9), held=st.integers(1, 20), padding=st.integers(0, 12))
+def test_gradients_are_the_softmax_less_the_label(
+    passes: Passes, dtype: torch.dtype, n: int, held: int, padding: int
+) -> None:
+    check(passes, n=n, rows=held + padding, held=held, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_those_of_the_true_vocabulary(dtype: torch.dtype) -> None:
+    logits = inputs(7, 24, 19, dtype=dtype)[0]
+    logits[:, 19:] = torch.inf  # whatever stands in the padding
+    top, total = PLAIN.statistics(logits, 19)
+    torch.testing.assert_close(top + total.log(), logits[:, :19].to(top.dtype).logsumexp(1))
+
+
+@pytest.mark.parametrize("passes", [PLAIN, TO_COMPILE], ids=["plain", "to compile"])
+def test_what_stands_in_the_padding_is_no_gradient(passes: Passes) -> None:
+    logits, *others = inputs(7, 24, 19, dtype=torch.float32)
+    for anything in (torch.inf, torch.nan, 1e30):
+        logits[:, 19:] = anything
+        got = gradient(passes, 19, (logits, *others))
+        assert torch.isfinite(got).all()
+        assert not got[:, 19:].any()
+
+
+@pytest.mark.long  # the compiler takes half a minute
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_passes_are_the_plain_ones(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    compiled = Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE))
+    for n, rows, held in ((6, 32, 32), (6, 32, 23), (9, 32, 23)):
+        check(compiled, n=n, rows=rows, held=held, dtype=dtype)
