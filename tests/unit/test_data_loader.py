@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pentode.data import loader as loaders
 from pentode.data.loader import Loader, validation_batches
 from pentode.data.order import sample_ids
 from pentode.data.windows import Windows
@@ -72,6 +73,34 @@ def test_any_history_of_layouts_reads_one_ranks_order(n: int, seed: int, legs: l
             consumed += ranks * micro_batch_size * micro_batches
     assert read == sample_ids(0, consumed, length=n, seed=seed).tolist()
     assert seen == list(range(7, consumed + 7))
+
+
+@given(
+    window=st.integers(1, 7),
+    n=st.integers(1, 40),
+    asked=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 50)), min_size=1, max_size=6),
+)
+def test_windows_of_the_order_are_the_order(window: int, n: int, asked: list[tuple[int, int]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders, "WINDOW", window)
+        one = loader(Numbered(n))
+        for first, count in asked:  # of one loader, which keeps a few windows
+            assert one._ids(first, count).tolist() == sample_ids(first, count, length=n, seed=5).tolist()
+
+
+def test_a_window_of_the_order_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(first: int, count: int, *, length: int, seed: int) -> np.ndarray:
+        asked.append(first)
+        return sample_ids(first, count, length=length, seed=seed)
+
+    monkeypatch.setattr(loaders, "sample_ids", counted)
+    monkeypatch.setattr(loaders, "WINDOW", 12)
+    one = loader(Numbered(50))
+    for step in range(6):
+        one.step_batches(6 * step, first_number=6 * step)
+    assert asked == [0, 12, 24]
 
 
 def test_labels_are_the_next_tokens() -> None:

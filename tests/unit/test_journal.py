@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pentode import device as devices
 from pentode.cli import run_command
 from pentode.data.stages import plan_stages, stage_at
 from pentode.errors import NonFiniteError
@@ -119,3 +120,63 @@ def test_only_the_last_record_of_a_flush_has_its_validation_loss(tmp_path: Path)
     journal.flush(val_loss=4.0)
     journal.flush()
     assert [(r.step, r.val_loss) for r in records] == [(1, None), (2, 4.0)]
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that works beside the host."""
+    played = SimpleNamespace(**vars(devices) | {"is_gpu": lambda device: True, "name": lambda device: "cpu"})
+    monkeypatch.setattr(journals, "devices", played)
+
+
+def test_what_is_wanted_of_a_device_beside_the_host_is_written_under_the_next_step(
+    tmp_path: Path, beside: None
+) -> None:
+    journal, records = a_journal(tmp_path)
+    journal.add(a_step(1))
+    journal.add(a_step(2))
+    assert records == []
+    journal.want()
+    assert records == []
+    journal.add(a_step(3))
+    assert [r.step for r in records] == [1, 2]
+    journal.add(a_step(4))  # nothing was wanted since
+    assert [r.step for r in records] == [1, 2]
+    journal.want()
+    journal.flush(val_loss=4.0)
+    assert [(r.step, r.val_loss) for r in records] == [(1, None), (2, None), (3, None), (4, 4.0)]
+    journal.add(a_step(5))  # what was wanted is written
+    journal.flush()
+    journal.flush()
+    assert [r.step for r in records] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_wanted_of_the_host_itself_is_written_at_once(tmp_path: Path) -> None:
+    journal, records = a_journal(tmp_path)
+    journal.add(a_step(1))
+    journal.want()
+    assert [r.step for r in records] == [1]
+
+
+def test_a_bad_step_of_a_device_beside_the_host_is_told_one_step_later(tmp_path: Path, beside: None) -> None:
+    journal, records = a_journal(tmp_path)
+    for step in (1, 2):
+        journal.add(a_step(step))
+        journal.want()
+    journal.add(a_step(3, loss=math.nan))
+    journal.want()
+    assert [r.step for r in records] == [1, 2]
+    with pytest.raises(NonFiniteError, match=r"^step 3: "):
+        journal.add(a_step(4, loss=math.nan))
+    with pytest.raises(NonFiniteError, match=r"^step 3: "):
+        journal.flush()
+    assert [r.step for r in records] == [1, 2]
+
+
+def test_speed_under_the_next_step_is_that_of_the_steps_written(tmp_path: Path, beside: None) -> None:
+    journal, records = a_journal(tmp_path)
+    for step in (1, 2, 3):  # the third is of a stage with shorter sequences
+        if step == 3:
+            journal.want()
+        journal.add(a_step(step))
+    assert per_step(records[-1], "tokens_per_sec") == pytest.approx(journal.run.config.global_batch_size * FIRST_LENGTH)

@@ -98,6 +98,37 @@ def test_values_of_secret_variables_are_masked(stream: io.StringIO, monkeypatch:
     assert stream.getvalue().endswith(": a *** b *** c *** false\n")
 
 
+def test_a_variable_that_is_set_later_is_masked_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(log, "SECRETS", log._Secrets())
+    monkeypatch.setenv("FIRST_TOKEN", "canary1")
+    assert log.mask("canary1 canary2 canary3") == "*** canary2 canary3"
+    monkeypatch.setenv("SECOND_TOKEN", "canary2")  # one more: seen at once
+    assert log.mask("canary1 canary2 canary3") == "*** *** canary3"
+    monkeypatch.setenv("FIRST_TOKEN", "canary3")  # as many as before: seen a second later
+    now += 1.01
+    assert log.mask("canary1 canary2 canary3") == "canary1 *** ***"
+    monkeypatch.delenv("SECOND_TOKEN")
+    assert log.mask("canary1 canary2 canary3") == "canary1 canary2 ***"
+
+
+def test_variables_are_not_looked_up_for_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = 1000.0, []
+
+    class Environment(dict):
+        def items(self) -> object:
+            looks.append(now)
+            return super().items()
+
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(log.os, "environ", Environment(A_TOKEN="canary"))
+    monkeypatch.setattr(log, "SECRETS", log._Secrets())
+    for now in (1000.0, 1000.5, 1000.99, 1001.1, 1001.5):  # noqa: B007
+        assert log.mask("canary") == "***"
+    assert looks == [1000.0, 1001.1]
+
+
 def test_logins_and_signatures_in_urls_are_masked() -> None:
     url = "s3://me:canary@host/a?X-Amz-Signature=canary&part=2 https://h/a@b"
     assert log.mask(url) == "s3://***@host/a?X-Amz-Signature=***&part=2 https://h/a@b"
