@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pentode import device as devices
 from pentode import log
-from pentode.checkpoint.load import Checkpoint, newest
+from pentode.checkpoint.folder import Checkpoint, newest
 from pentode.checkpoint.lock import locked
 from pentode.checkpoint.save import clean
 from pentode.config.load import config_from_dict

@@ -21,19 +21,9 @@ from torch import Tensor
 
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.layout import (
-    FILE_NAME,
-    FORMAT_VERSION,
-    MANIFEST,
-    STATE,
-    FileFacts,
-    Manifest,
-    Saved,
-    entries,
-    header,
-    json_bytes,
-)
-from pentode.checkpoint.load import DamagedError, open_checkpoint, steps
+from pentode.checkpoint.folder import DamagedError, open_checkpoint, steps
+from pentode.checkpoint.layout import Saved, entries, header
+from pentode.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, MANIFEST, STATE, FileFacts, Manifest, json_bytes
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
 from pentode.dist.together import together

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pentode.checkpoint.layout import FileFacts
+from pentode.checkpoint.manifest import FileFacts
 from pentode.errors import StorageError
 
 PIECE = 16 * 2**20  # bytes hashed and written, or read and hashed, at a time

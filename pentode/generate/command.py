@@ -10,8 +10,10 @@ import torch
 
 from pentode import device as devices
 from pentode import log
-from pentode.checkpoint.layout import MANIFEST, Saved
-from pentode.checkpoint.load import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.folder import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.layout import Saved
+from pentode.checkpoint.load import read_tensors
+from pentode.checkpoint.manifest import MANIFEST
 from pentode.config.check import problems
 from pentode.config.load import load_config
 from pentode.config.schema import Config
@@ -76,7 +78,7 @@ def _speaker(checkpoint: Checkpoint, config: Config, device: torch.device) -> Sp
     stages = build_stages(config, mesh, device, training=False)
     parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
     weights = {name: Saved.of(p.detach(), p.spec.global_shape, p.spec.boxes()) for name, p in parameters.items()}
-    checkpoint.read("weights", weights, names=names_of_model(stages, mesh))
+    read_tensors(checkpoint, "weights", weights, names=names_of_model(stages, mesh))
     return Speaker(stages, mesh, connect(mesh.pp, device=device), tuple(range(mesh.pp.size)))
 
 

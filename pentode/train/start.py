@@ -8,9 +8,9 @@ from pprint import pformat
 from pentode import device as devices
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.layout import MANIFEST
-from pentode.checkpoint.load import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.folder import Checkpoint, newest, open_checkpoint
 from pentode.checkpoint.lock import locked
+from pentode.checkpoint.manifest import MANIFEST
 from pentode.checkpoint.save import clean, remove_run
 from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name

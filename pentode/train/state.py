@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from pentode import log
+from pentode.checkpoint.folder import Checkpoint
 from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import Checkpoint
+from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
 from pentode.dist.together import together
@@ -76,10 +77,10 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
     names = names_of_model(run.stages, run.mesh)
 
     def read() -> None:
-        checkpoint.read("weights", _weights(run, owned=False), names=names)
+        read_tensors(checkpoint, "weights", _weights(run, owned=False), names=names)
         if optimizer:
             kinds = [f"{kind}/{name}" for kind in beside_shards(run) for name in names]
-            checkpoint.read("optimizer", _optimizer(run, owned=False), names=kinds)
+            read_tensors(checkpoint, "optimizer", _optimizer(run, owned=False), names=kinds)
 
     together(read, run.mesh.world)
     if optimizer:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from pentode.checkpoint import storage
+from pentode.checkpoint.folder import newest, open_checkpoint
 from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import newest, open_checkpoint
+from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import save
 from pentode.dist.mesh import Mesh
 from pentode.errors import StorageError
@@ -58,12 +59,12 @@ def check_step(root: Path, step: int, mesh: Mesh) -> None:
         spec = spec_of(name, mesh)
         expected = spec.take(numbered(spec.global_shape)) * step
         local = torch.zeros(spec.local_shape)
-        checkpoint.read("weights", {name: Saved.of(local, spec.global_shape, spec.boxes())}, names=NAMES)
+        read_tensors(checkpoint, "weights", {name: Saved.of(local, spec.global_shape, spec.boxes())}, names=NAMES)
         assert torch.equal(local, expected)
         start, stop = own_range(spec, mesh)
         flat = torch.zeros(stop - start)
         pieces = pieces_of_range(spec, flat, start, owned=False)
-        checkpoint.read("optimizer", {name: Saved(spec.global_shape, pieces)}, names=NAMES)
+        read_tensors(checkpoint, "optimizer", {name: Saved(spec.global_shape, pieces)}, names=NAMES)
         assert torch.equal(flat, expected.flatten()[start:stop])
 
 

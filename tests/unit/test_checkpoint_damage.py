@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pentode.checkpoint.layout import FileFacts, Manifest, Saved, parse_header
-from pentode.checkpoint.load import newest, open_checkpoint
+from pentode.checkpoint.folder import newest, open_checkpoint
+from pentode.checkpoint.layout import Saved, parse_header
+from pentode.checkpoint.load import read_tensors
+from pentode.checkpoint.manifest import FileFacts, Manifest
 from pentode.checkpoint.save import save
 from pentode.errors import CheckpointError
 
@@ -36,8 +38,8 @@ def everything(root: Path) -> tuple[object, ...]:
     checkpoint = newest(root)
     assert checkpoint is not None
     weights, moments = torch.empty(8, 16), torch.empty(8, 16)
-    checkpoint.read("weights", {"w": Saved.whole(weights)})
-    checkpoint.read("optimizer", {"exp_avg/w": Saved.whole(moments)})
+    read_tensors(checkpoint, "weights", {"w": Saved.whole(weights)})
+    read_tensors(checkpoint, "optimizer", {"exp_avg/w": Saved.whole(moments)})
     return checkpoint.step, checkpoint.state, checkpoint.file("config.yaml"), weights.tolist(), moments.tolist()
 
 
@@ -154,8 +156,8 @@ def test_one_checkpoint_opened_by_its_folder_is_proven_too(
 
 def read_all(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    checkpoint.read("weights", {"w": Saved.whole(torch.empty(8, 16))})
-    checkpoint.read("optimizer", {"exp_avg/w": Saved.whole(torch.empty(8, 16))})
+    read_tensors(checkpoint, "weights", {"w": Saved.whole(torch.empty(8, 16))})
+    read_tensors(checkpoint, "optimizer", {"exp_avg/w": Saved.whole(torch.empty(8, 16))})
 
 
 def test_a_folder_renamed_to_another_step_is_not_that_step(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from pentode.checkpoint import storage
+from pentode.checkpoint.folder import newest, open_checkpoint
 from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import newest, open_checkpoint
+from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import clean, file_names, save
 from pentode.dist.mesh import Axis
 from pentode.errors import CheckpointError, RankError, StorageError
@@ -60,7 +61,7 @@ def test_any_layout_is_read_in_any_other(
         for spec, start, stop in data.draw(layouts(parameter), label=f"{name} read"):
             flat = torch.full((stop - start,), -1.0)
             into = Saved(parameter.shape, pieces_of_range(spec, flat, start, owned=False))
-            checkpoint.read("weights", {name: into}, names=of_names)
+            read_tensors(checkpoint, "weights", {name: into}, names=of_names)
             there = spec.take(numbered(parameter.shape)).flatten()[start:stop]
             assert torch.equal(flat, torch.where(there > 0, there, -1.0))
 
@@ -85,7 +86,7 @@ def held(root: Path) -> int:
     assert checkpoint is not None
     for group, name in (("weights", "w"), ("optimizer", "m")):
         found = torch.empty(6, 2)
-        checkpoint.read(group, {name: Saved.whole(found)})
+        read_tensors(checkpoint, group, {name: Saved.whole(found)})
         assert torch.equal(found, numbered((6, 2)))
     return checkpoint.step
 
@@ -184,7 +185,9 @@ def two_stages(root: Path) -> Path:
 
 def test_a_stage_reads_its_part_of_the_model(tmp_path: Path) -> None:
     found = torch.empty(2)
-    open_checkpoint(two_stages(tmp_path)).read("weights", {"last": Saved.whole(found)}, names=("first", "last"))
+    read_tensors(
+        open_checkpoint(two_stages(tmp_path)), "weights", {"last": Saved.whole(found)}, names=("first", "last")
+    )
     assert torch.equal(found, numbered((2,)))
 
 
@@ -200,7 +203,7 @@ def test_a_stage_refuses_another_model_by_what_other_stages_hold(
 ) -> None:
     checkpoint = open_checkpoint(two_stages(tmp_path))
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.read("weights", {"last": Saved.whole(torch.empty(2))}, names=names)
+        read_tensors(checkpoint, "weights", {"last": Saved.whole(torch.empty(2))}, names=names)
 
 
 def test_only_the_rows_that_are_needed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +211,7 @@ def test_only_the_rows_that_are_needed_are_read(tmp_path: Path, monkeypatch: pyt
     read, counts = np.fromfile, []
     monkeypatch.setattr(np, "fromfile", lambda *given, **named: counts.append(named["count"]) or read(*given, **named))
     block = torch.empty(2, 3)
-    checkpoint.read("w", {"w": Saved((8, 4), [((5, 1), block)])})
+    read_tensors(checkpoint, "w", {"w": Saved((8, 4), [((5, 1), block)])})
     assert torch.equal(block, numbered((8, 4))[5:7, 1:4])
     assert counts == [2 * 4 * 4]  # bytes of rows 5 and 6
 
@@ -218,4 +221,4 @@ def test_each_element_must_be_there_once(tmp_path: Path, boxes: list[tuple[int, 
     pieces = [piece for low, high in boxes for piece in rows(low, high).pieces]
     checkpoint = open_checkpoint(save(tmp_path, step=1, groups={"w": {"w": Saved((6, 2), pieces)}}, state={}))
     with pytest.raises(CheckpointError, match="w is not whole, or parts of it are there twice"):
-        checkpoint.read("w", {"w": Saved.whole(torch.empty(6, 2))})
+        read_tensors(checkpoint, "w", {"w": Saved.whole(torch.empty(6, 2))})

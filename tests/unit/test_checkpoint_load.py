@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pentode import log
 from pentode.checkpoint import storage
+from pentode.checkpoint.folder import newest, open_checkpoint
 from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import newest, open_checkpoint
+from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import save
 from pentode.errors import CheckpointError
 from pentode.parallel.spec import Box
@@ -45,7 +46,7 @@ def write(root: Path, tensors: dict[str, Tensor], *, step: int = 1) -> Path:
 
 def read(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     empty = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    open_checkpoint(folder).read("weights", {name: Saved.whole(tensor) for name, tensor in empty.items()})
+    read_tensors(open_checkpoint(folder), "weights", {name: Saved.whole(tensor) for name, tensor in empty.items()})
     return empty
 
 
@@ -124,7 +125,7 @@ def test_any_cut_is_read_back_into_any_other(tmp_path_factory: pytest.TempPathFa
     folder = save(
         tmp_path_factory.mktemp("run"), step=1, groups={"weights": {"w": Saved.of(there, shape, boxes)}}, state={}
     )
-    open_checkpoint(folder).read("weights", {"w": Saved.of(here, shape, wanted)})
+    read_tensors(open_checkpoint(folder), "weights", {"w": Saved.of(here, shape, wanted)})
     found = torch.full(shape, -2.0)
     for box in wanted:
         box.of_global(found).copy_(box.of_local(here))
@@ -173,7 +174,7 @@ def test_a_wider_dtype_takes_the_same_values(tmp_path: Path) -> None:
 def test_a_group_or_file_that_was_not_saved_is_named(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write(tmp_path, {"w": torch.ones(1)}))
     with pytest.raises(CheckpointError, match=r"it has no optimizer"):
-        checkpoint.read("optimizer", {})
+        read_tensors(checkpoint, "optimizer", {})
     with pytest.raises(CheckpointError, match=r"it has no tokenizer\.json"):
         checkpoint.file("tokenizer.json")
 
@@ -232,7 +233,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_them(tmp_path: 
 
 def test_a_newer_format_is_never_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"w": torch.ones(1)}, step=1)
-    monkeypatch.setattr("pentode.checkpoint.layout.FORMAT_VERSION", 2)
+    monkeypatch.setattr("pentode.checkpoint.manifest.FORMAT_VERSION", 2)
     write(tmp_path, {"w": torch.ones(1)}, step=2)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"its format version is 2, this Pentode reads 1; use the Pentode that"):
@@ -246,5 +247,5 @@ def test_files_are_proven_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found is not None
     monkeypatch.setattr("pentode.checkpoint.storage.hash_file", None)
     here = torch.empty(2, 3)
-    found.read("weights", {"w": Saved.whole(here)})
+    read_tensors(found, "weights", {"w": Saved.whole(here)})
     assert torch.equal(here, tensors["w"])

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pentode.checkpoint import storage
+from pentode.checkpoint.folder import newest, open_checkpoint
 from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import newest, open_checkpoint
+from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import clean, remove_run, save
 from pentode.errors import StorageError
 from tests.helpers.faulty_os import Crash, FaultyOs, RecordingOs, after_power_loss
@@ -34,8 +35,8 @@ def held(root: Path) -> tuple[int, float]:
     checkpoint = newest(root)
     assert checkpoint is not None
     weights, moments = torch.empty(3, 5, dtype=torch.bfloat16), torch.empty(3, 5)
-    checkpoint.read("weights", {"w": Saved.whole(weights)})
-    checkpoint.read("optimizer", {"exp_avg/w": Saved.whole(moments)})
+    read_tensors(checkpoint, "weights", {"w": Saved.whole(weights)})
+    read_tensors(checkpoint, "optimizer", {"exp_avg/w": Saved.whole(moments)})
     assert torch.equal(weights.float(), moments)
     assert torch.equal(moments, moments[0, 0].expand(3, 5))
     return checkpoint.step, moments[0, 0].item()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pentode.checkpoint.load import DamagedError
+from pentode.checkpoint.folder import DamagedError
 from pentode.dist.mesh import Axis
 from pentode.dist.together import in_turn, on_first, tell_once, together
 from pentode.errors import ConfigError, DataError, PentodeError, Preempted, RankError, StorageError, exit_code

@@ -1,0 +1,203 @@
+"""A checkpoint's folder: opened, proven against its manifest, and the newest that is whole found. No torch is needed.
+
+Nothing is trusted before its checksum is right; names cannot leave the folder; there is no pickle.
+"""
+
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pentode import log
+from pentode.checkpoint import storage
+from pentode.checkpoint.manifest import MANIFEST, STATE, STEP_NAME, Manifest, NewerFormatError, parse_json
+from pentode.errors import CheckpointError
+
+MANIFEST_LIMIT = 64 * 2**20  # bytes
+HEADER_LIMIT = 100 * 2**20  # bytes, as in the safetensors library
+TENSOR_FILE = re.compile(r"([a-z0-9_]+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)  # group, number, count
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was saved; an older one may be. `what` is the message without its remedy."""
+
+    def __init__(self, what: str, *, remedy: str = "restore the checkpoint from a copy, or use another") -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. Its files are checked when they are first read, or all at once by `verify`."""
+
+    folder: Path
+    manifest: Manifest
+    state: dict[str, Any] = field(default_factory=dict)
+    proven: set[str] = field(default_factory=set)
+
+    @property
+    def step(self) -> int:
+        """Updates done when it was saved."""
+        return self.manifest.step
+
+    def verify(self) -> None:
+        """Compare every file with the manifest; raises DamagedError for the first that is another."""
+        for damage in self.damages():
+            raise damage
+
+    def damages(self, *, checksums: bool = True) -> Iterator["DamagedError"]:
+        """Compare every file with the manifest, or only their sizes; what is wrong, one for each file."""
+        for name in self.manifest.files:
+            try:
+                if checksums:
+                    self.prove(name)
+                else:
+                    self._check_size(name)
+            except DamagedError as error:
+                yield error
+
+    def prove(self, name: str) -> None:
+        """Compare a file with the manifest, once; raises DamagedError where it is another or cannot be read."""
+        if name in self.proven:
+            return
+        self._check_size(name)
+        try:
+            same = storage.hash_file(self.folder / name) == self.manifest.files[name]
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        if not same:
+            raise DamagedError(f"{self}: {name} is damaged, its checksum is wrong")
+        self.proven.add(name)
+
+    def file(self, name: str) -> bytes:
+        """The bytes of one of the small files."""
+        self.prove(name)
+        return (self.folder / name).read_bytes()
+
+    def groups(self) -> list[str]:
+        """The groups that it has tensor files of."""
+        found = map(TENSOR_FILE.fullmatch, self.manifest.files)
+        return sorted({match[1] for match in found if match})
+
+    def files_of(self, group: str) -> list[str]:
+        """The names of a group's files, one per rank that wrote; all must be there."""
+        found = [
+            match for match in map(TENSOR_FILE.fullmatch, sorted(self.manifest.files)) if match and match[1] == group
+        ]
+        if not found:
+            raise CheckpointError(f"{self}: it has no {group}")
+        world = int(found[0][3])
+        if [(int(match[2]), int(match[3])) for match in found] != [(rank, world) for rank in range(world)]:
+            raise DamagedError(f"{self}: {group} should be {world} files, one per rank")
+        return [match[0] for match in found]
+
+    def header(self, name: str, *, prove: bool = True) -> tuple[int, bytes]:
+        """Where a tensor file's data begins, and the JSON before it; without `prove` nothing is known to be right."""
+        if prove:
+            self.prove(name)
+        else:
+            self._check_size(name)
+        size = self.manifest.files[name].size
+        try:
+            with (self.folder / name).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                    raise ValueError(f"its header claims {length:,} bytes")
+                return 8 + length, file.read(length)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{self}: {name}: {reason(error)}") from error
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.step} in {self.folder.parent}"
+
+    def _check_size(self, name: str) -> None:
+        facts = self.manifest.files.get(name)
+        if facts is None:
+            raise CheckpointError(f"{self}: it has no {name}")
+        try:
+            size = _regular_size(self.folder / name)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+        if size != facts.size:
+            raise DamagedError(f"{self}: {name} has {size:,} bytes, not {facts.size:,}")
+
+    def _unreadable(self, name: str, error: Exception) -> "DamagedError":
+        return DamagedError(f"{self}: {name} cannot be read ({reason(error)})")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open one checkpoint by its folder; raises CheckpointError where that is none, or is damaged."""
+    checkpoint = with_manifest(folder)
+    try:
+        checkpoint.state.update(parse_json(checkpoint.file(STATE)))
+    except ValueError as error:
+        raise DamagedError(f"{folder / STATE}: {reason(error)}") from error
+    return checkpoint
+
+
+def with_manifest(folder: Path) -> Checkpoint:
+    """A checkpoint of which nothing but the manifest is read yet, not even its state; raises CheckpointError."""
+    path = folder / MANIFEST
+    try:
+        if _regular_size(path) > MANIFEST_LIMIT:
+            raise ValueError(f"it is larger than {MANIFEST_LIMIT:,} bytes")
+        manifest = Manifest.parse(path.read_bytes())
+        name = folder.resolve().name
+        if STEP_NAME.fullmatch(name) and int(name) != manifest.step:
+            raise ValueError(f"it is that of step {manifest.step}")
+    except FileNotFoundError as error:
+        inside = [step.name for step in steps(folder)] if folder.is_dir() else []
+        remedy = f"give the folder of a step: {', '.join(inside)}" if inside else "give the folder of a step"
+        raise DamagedError(f"{folder}: it has no {MANIFEST}, so it is no checkpoint", remedy=remedy) from error
+    except NewerFormatError as error:
+        raise CheckpointError(f"{path}: {error}; use the Pentode that wrote it, or a newer one") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {reason(error)}") from error
+    return Checkpoint(folder, manifest)
+
+
+def newest(root: Path, *, quarantine: bool = False) -> Checkpoint | None:
+    """The newest checkpoint in a run's folder whose every file is proven right; None if the folder holds none.
+
+    Each damaged one that is newer gets a line in the log and, with `quarantine`, another name (.bad-<step>-...): only
+    the process that trains there should ask for that. Damaged ones and no good one is a CheckpointError.
+    """
+    damaged: list[tuple[Path, DamagedError]] = []
+    for folder in steps(root):
+        try:
+            checkpoint = open_checkpoint(folder)
+            checkpoint.verify()
+        except DamagedError as error:
+            damaged.append((folder, error))
+            continue
+        for bad, error in damaged:
+            log.warning(f"{error.what}; going on from step {checkpoint.step}")
+            if quarantine:
+                with storage.explained(root):
+                    storage.rename(bad, bad.with_name(f".bad-{bad.name}-{secrets.token_hex(4)}"))
+        return checkpoint
+    if damaged:
+        raise CheckpointError(f"{damaged[0][1]}; no older checkpoint in {root} is whole, so nothing was trained")
+    return None
+
+
+def steps(root: Path) -> list[Path]:
+    """The folders in `root` that are named as checkpoints are, the newest first."""
+    found = [path for path in root.glob("*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name))
+
+
+def _regular_size(path: Path) -> int:
+    """A file's size; links and devices are refused, because they lead out of the folder or never end."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is not a regular file")
+    return found.st_size
+
+
+def reason(error: Exception) -> str:
+    """What a file system or a parser refused, without the path that the message names already."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
