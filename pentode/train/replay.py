@@ -30,7 +30,8 @@ class Steps:
     """Does a run's steps: as `train_step` does, or by replaying one that was recorded.
 
     Replayed are those of a GPU that trains alone, where the config asks for it or by itself if a step needs less than
-    half of the memory: the host is what small models wait for, and a recorded step keeps its memory to itself.
+    half of the memory: the host is what small models wait for, and a recorded step keeps its memory to itself. Not by
+    itself with `general.deterministic`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -41,7 +42,9 @@ class Steps:
         if asked == "on" and not gpu:
             raise ConfigError(["model.cuda_graph: on, but torch finds no GPU here; use auto, or off"])
         alone = gpu and run.mesh.world.size == 1 and run.config.general.ignore_sanity_checks
-        self._asked = asked if alone else "off"
+        # A library may choose another kernel for a step that is recorded; a resumed run would record another step.
+        same_bits = run.config.general.deterministic
+        self._asked = "off" if not alone or (same_bits and asked == "auto") else asked
 
     def do(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
         """The next step, of batches that are still with the host."""
