@@ -197,6 +197,47 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder: checkpoints
     typer.echo(f"wrote {write_report(run)}")
 
 
+checkpoints = typer.Typer(help="Look at checkpoints: which there are, whether they are whole, what one holds.")
+app.add_typer(checkpoints, name="checkpoint", no_args_is_help=True)
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@checkpoints.command("list")
+def list_checkpoints(
+    folder: Annotated[Path, typer.Argument(help="a run's folder: checkpoints_path")],
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option("--quick", help="compare sizes, read no checksums")] = False,
+) -> None:
+    """Print a line for each checkpoint in a run's folder."""
+    from pentode.checkpoint import survey
+
+    found = survey.survey(folder, checksums=not quick)
+    for line in [survey.as_json(found)] if as_json else survey.table(found):
+        typer.echo(line)
+
+
+@checkpoints.command()
+def verify(path: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's: all in it")]) -> None:
+    """Compare every file with its checksum; a line for each damage, and exit code 66 if there is any."""
+    from pentode.checkpoint import survey
+
+    for line in survey.verify(path):
+        typer.echo(line)
+
+
+@checkpoints.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's: its newest checkpoint")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a checkpoint holds."""
+    from pentode.checkpoint import survey
+
+    found = survey.contents(path)
+    for line in [survey.as_json(found)] if as_json else survey.lines(found):
+        typer.echo(line)
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices and which kernels are usable here; secrets are masked."""

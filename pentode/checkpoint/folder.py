@@ -77,6 +77,13 @@ class Checkpoint:
         self.prove(name)
         return (self.folder / name).read_bytes()
 
+    def read_state(self) -> None:
+        """Read state.json into `state`; raises CheckpointError."""
+        try:
+            self.state.update(parse_json(self.file(STATE)))
+        except ValueError as error:
+            raise DamagedError(f"{self.folder / STATE}: {reason(error)}") from error
+
     def groups(self) -> list[str]:
         """The groups that it has tensor files of."""
         found = map(TENSOR_FILE.fullmatch, self.manifest.files)
@@ -131,11 +138,39 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open one checkpoint by its folder; raises CheckpointError where that is none, or is damaged."""
     checkpoint = with_manifest(folder)
-    try:
-        checkpoint.state.update(parse_json(checkpoint.file(STATE)))
-    except ValueError as error:
-        raise DamagedError(f"{folder / STATE}: {reason(error)}") from error
+    checkpoint.read_state()
     return checkpoint
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a user means by a folder: its own, or a run's, whose newest whole one it is."""
+    if (path / MANIFEST).exists():
+        return open_checkpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give the folder of a checkpoint, or of a run")
+    found = newest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no checkpoint; give the folder of a checkpoint, or of a run")
+    return found
+
+
+def damages(folder: Path, *, checksums: bool = True) -> Iterator[CheckpointError]:
+    """All that is wrong with a checkpoint, one for each file; without `checksums` no more than names and sizes tell."""
+    try:
+        checkpoint = with_manifest(folder)
+    except CheckpointError as error:
+        yield error
+        return
+    found = list(checkpoint.damages(checksums=checksums))
+    yield from found
+    if found:
+        return
+    try:
+        checkpoint.read_state()
+        for group in checkpoint.groups():
+            checkpoint.files_of(group)
+    except CheckpointError as error:
+        yield error
 
 
 def with_manifest(folder: Path) -> Checkpoint:

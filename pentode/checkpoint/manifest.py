@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 
 STEP_NAME = re.compile(r"0|[1-9][0-9]{0,11}", re.ASCII)
+HIDDEN_NAME = re.compile(r"\.(tmp|old|trash|bad)-([a-z0-9]+)-[0-9a-f]{8}", re.ASCII)  # why, what: see save.py
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

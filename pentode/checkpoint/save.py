@@ -10,7 +10,6 @@ that begin with a dot are on their way in or out:
     .bad-<step>-<hex>    damaged, kept for people to look at
 """
 
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,16 @@ from pentode import log
 from pentode.checkpoint import storage
 from pentode.checkpoint.folder import DamagedError, open_checkpoint, steps
 from pentode.checkpoint.layout import Saved, entries, header
-from pentode.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, MANIFEST, STATE, FileFacts, Manifest, json_bytes
+from pentode.checkpoint.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    HIDDEN_NAME,
+    MANIFEST,
+    STATE,
+    FileFacts,
+    Manifest,
+    json_bytes,
+)
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
 from pentode.dist.together import together
@@ -31,7 +39,6 @@ from pentode.dist.together import together
 ALONE = Axis("world")
 _Plan = tuple[dict[str, bool], int, str]  # has something of each group; bytes to write; a temporary folder
 
-PASSING = re.compile(r"\.(tmp|old|trash)-([a-z0-9]+)-[0-9a-f]{8}", re.ASCII)
 RUN_FILES = (
     "latest.txt",
     "metrics.jsonl",
@@ -143,8 +150,8 @@ def clean(root: Path) -> None:
         return
     with storage.explained(root):
         for path in sorted(root.iterdir()):
-            found = PASSING.fullmatch(path.name)
-            if found is None:
+            found = HIDDEN_NAME.fullmatch(path.name)
+            if found is None or found[1] == "bad":
                 continue
             if found[1] == "old" and not (root / found[2]).exists():
                 storage.rename(path, root / found[2])

@@ -10,10 +10,9 @@ import torch
 
 from pentode import device as devices
 from pentode import log
-from pentode.checkpoint.folder import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.folder import Checkpoint, find_checkpoint
 from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import read_tensors
-from pentode.checkpoint.manifest import MANIFEST
 from pentode.config.check import problems
 from pentode.config.load import load_config
 from pentode.config.schema import Config
@@ -41,7 +40,7 @@ def generate_from(
     """
     here = launch.world()
     log.setup(level="warning", rank=here.rank, stream=sys.stderr)  # stdout is for the texts
-    checkpoint = _checkpoint(path)
+    checkpoint = find_checkpoint(path)
     config, tokenizer = _config(checkpoint, tp=tp, pp=pp, world_size=here.size), _tokenizer(checkpoint)
     place = devices.pick(device, local_rank=here.local_rank)
     launch.connect(here, backend=devices.backend(place), device=place)
@@ -66,7 +65,7 @@ def generate_from(
 
 def refuse_early(path: Path, prompts: Sequence[str], *, tp: int, pp: int) -> None:
     """Raise what is wrong with checkpoint, layout or prompts, once: processes that are started would all say it."""
-    checkpoint = _checkpoint(path)
+    checkpoint = find_checkpoint(path)
     config, tokenizer = _config(checkpoint, tp=tp, pp=pp, world_size=tp * pp), _tokenizer(checkpoint)
     for prompt in prompts:
         first_ids(tokenizer, prompt, vocab_size=config.model.model_config.vocab_size)
@@ -80,17 +79,6 @@ def _speaker(checkpoint: Checkpoint, config: Config, device: torch.device) -> Sp
     weights = {name: Saved.of(p.detach(), p.spec.global_shape, p.spec.boxes()) for name, p in parameters.items()}
     read_tensors(checkpoint, "weights", weights, names=names_of_model(stages, mesh))
     return Speaker(stages, mesh, connect(mesh.pp, device=device), tuple(range(mesh.pp.size)))
-
-
-def _checkpoint(path: Path) -> Checkpoint:
-    if (path / MANIFEST).exists():
-        return open_checkpoint(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give the folder of a checkpoint, or of a run")
-    found = newest(path)
-    if found is None:
-        raise CheckpointError(f"{path}: holds no checkpoint; give the folder of a checkpoint, or of a run")
-    return found
 
 
 def _config(checkpoint: Checkpoint, *, tp: int, pp: int, world_size: int) -> Config:
