@@ -197,6 +197,20 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder: checkpoints
     typer.echo(f"wrote {write_report(run)}")
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a checkpoint's folder, a run's, or a Hugging Face folder")],
+    target: Annotated[Path, typer.Argument(help="the folder to write, which must not be there")],
+    to: Annotated[str | None, typer.Option(help="hf or pentode; else what SOURCE is not")] = None,
+    dtype: Annotated[str | None, typer.Option(help="round the weights to float32, float64 or bfloat16")] = None,
+) -> None:
+    """Make a Hugging Face folder of a checkpoint, or a checkpoint of a Hugging Face folder."""
+    from pentode.convert.command import convert as converted
+
+    for line in converted(source, target, to=to, dtype=dtype):
+        typer.echo(line)
+
+
 checkpoints = typer.Typer(help="Look at checkpoints: which there are, whether they are whole, what one holds.")
 app.add_typer(checkpoints, name="checkpoint", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

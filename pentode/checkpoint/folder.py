@@ -95,7 +95,8 @@ class Checkpoint:
             match for match in map(TENSOR_FILE.fullmatch, sorted(self.manifest.files)) if match and match[1] == group
         ]
         if not found:
-            raise CheckpointError(f"{self}: it has no {group}")
+            remedy = "; set checkpoints.load_optimizer to false" if group == "optimizer" else ""
+            raise CheckpointError(f"{self}: it has no {group}{remedy}")
         world = int(found[0][3])
         if [(int(match[2]), int(match[3])) for match in found] != [(rank, world) for rank in range(world)]:
             raise DamagedError(f"{self}: {group} should be {world} files, one per rank")

@@ -19,7 +19,7 @@ def from_hf(names: HFNames, theirs: Mapping[str, Tensor], *, tied: bool) -> dict
     unread = {_full_name(name, names): tensor for name, tensor in theirs.items()}
     unread = {name: tensor for name, tensor in unread.items() if not _ignored(name, names)}
     head, embedding = names.tied
-    if tied and head in unread and not torch.equal(unread.pop(head), unread[embedding]):
+    if tied and head in unread and embedding in unread and not torch.equal(unread.pop(head), unread[embedding]):
         raise CheckpointError(
             f"Hugging Face weights: {head} differs from {embedding}; tie_word_embeddings should be false"
         )
@@ -31,7 +31,13 @@ def from_hf(names: HFNames, theirs: Mapping[str, Tensor], *, tied: bool) -> dict
             if missing:
                 raise CheckpointError(f"Hugging Face weights: {missing[0]} is not there, but {wanted[0]} is")
             parts = [unread.pop(name) for name in wanted]
-            joined = torch.cat([part.T if rule.transposed else part for part in parts])
+            try:
+                joined = torch.cat([part.T if rule.transposed else part for part in parts])
+            except RuntimeError as error:
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise CheckpointError(
+                    f"Hugging Face weights: {', '.join(wanted)} are {shapes}, which fit no layer"
+                ) from error
             ours[rule.ours.format(*numbers)] = joined.contiguous()
     if unread:
         raise CheckpointError(f"Hugging Face weights: {min(unread)} has no place in this model ({len(unread)} such)")

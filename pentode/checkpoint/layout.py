@@ -84,12 +84,11 @@ def entries(group: Mapping[str, Saved]) -> Iterator[tuple[Entry, Tensor]]:
         begin = end
 
 
-def header(found: Sequence[Entry]) -> bytes:
-    """The length and the JSON header that begin a safetensors file."""
+def header(found: Sequence[Entry], *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The length and the JSON header that begin a safetensors file: a checkpoint's, or with other `metadata`."""
     cut = {entry.name: list(entry.global_shape) for entry in found if entry.key != entry.name}
-    table: dict[str, object] = {
-        "__metadata__": {"format": FORMAT, "format_version": str(FORMAT_VERSION), "global_shapes": json.dumps(cut)}
-    }
+    ours = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "global_shapes": json.dumps(cut)}
+    table: dict[str, object] = {"__metadata__": ours if metadata is None else metadata}
     for entry in found:
         table[entry.key] = {
             "dtype": DTYPE_NAMES[entry.dtype],

@@ -7,8 +7,10 @@ from pentode.errors import ConfigError
 
 
 def known_fields(kind: Any, config_json: dict[str, Any]) -> dict[str, Any]:
-    """The part of a `config.json` whose keys are fields of `kind`."""
-    return {key: config_json[key] for key in fields_of(kind) if key in config_json}
+    """The part of a `config.json` whose keys are fields of `kind`; of several ids that end a text, the first."""
+    found = {key: config_json[key] for key in fields_of(kind) if key in config_json}
+    ends = found.get("eos_token_id")
+    return found | {"eos_token_id": ends[0]} if isinstance(ends, list) and ends else found
 
 
 def refuse(config_json: dict[str, Any], **allowed: tuple[Any, ...]) -> None:
