@@ -3,8 +3,9 @@
 usage: python -m benchmarks.gpu [--only NAME ...] [--set KEY=VALUE ...] [--out FOLDER] [--no-trace] [--no-peer]
 
 Each run is a process of its own, training as `pentode train` does: real optimizer, clipping, data order, records. Speed
-is the median of its iteration lines after the first ten steps; then a few steps more are traced. Everything is printed,
-and written to FOLDER/gpu.jsonl.
+is the median of its iteration lines after the first ten steps; then a few steps more are traced, of models whose steps
+are replayed as the launch of each kernel. Everything is printed, and written to FOLDER/gpu.jsonl. Without --only, the
+runs of as many GPUs as there are, or fewer. 8B with all states takes more than 80 GB a GPU.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import torch
 
 from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, STEPS, Case
 
@@ -52,12 +55,14 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     print("run | who | tokens/s/GPU | step, ms | MFU full | MFU causal | peak, GiB | first step, s | a step's time, ms")
     with (asked.out / "gpu.jsonl").open("a", encoding="utf-8") as file:
-        for name in asked.only or CASES:
+        for name in asked.only or [name for name, case in CASES.items() if case.gpus <= torch.cuda.device_count()]:
             case = CASES[name]
-            ours = run_ours(name, case, changes=asked.set, trace=not asked.no_trace, log=asked.out / f"{name}.log")
+            ours = run_ours(
+                name, case, changes=asked.set, trace=not asked.no_trace, log=asked.out / f"{_file(name)}.log"
+            )
             found = [ours]
             if not asked.no_peer and case.titan is not None and importlib.util.find_spec("torchtitan"):
-                found.append(run_titan(case, asked.out / f"{name}-titan.log"))
+                found.append(run_titan(case, asked.out / f"{_file(name)}-titan.log"))
             for figures in found:
                 file.write(json.dumps({"run": name, "set": asked.set, **asdict(figures)}) + "\n")
                 file.flush()
@@ -94,7 +99,7 @@ def run_titan(case: Case, log: Path) -> Figures:
     options = [case.shape, "--training.seq_len", str(SEQUENCE)]
     options += [
         "--training.local_batch_size",
-        str(case.titan_batch or case.micro_batch),
+        str(case.micro_batch),
         "--training.steps",
         str(STEPS),
     ]
@@ -114,6 +119,10 @@ def run_titan(case: Case, log: Path) -> Figures:
         peak_gib=max(float(row[1]) for row in rows),
         first_step_s=first,
     )
+
+
+def _file(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _launched(gpus: int, command: list[str], *, torchrun: bool = False) -> list[str]:

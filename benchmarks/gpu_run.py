@@ -53,7 +53,7 @@ def _figures(folder: Path) -> dict[str, float]:
 
 
 def _trace(run: Run) -> dict[str, Any]:
-    """Milliseconds by kind, and the longest kernels, of some steps more on the last batch."""
+    """Milliseconds by kind, and the longest kernels, of some steps more, which are not replayed, on the first batch."""
     _mark(run)
     step = run.config.tokens.train_steps
     batches = [batch.to(run.device) for batch in run.feed.batches(step, consumed=0, first_number=0)]

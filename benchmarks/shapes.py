@@ -6,7 +6,6 @@ from typing import Any
 
 LLAMA = {
     "1B": (2048, 16, 32, 8, 8192),
-    "3B": (3072, 28, 24, 8, 8192),
     "8B8": (4096, 8, 32, 8, 14336),  # 8 layers of the 8B shape
     "8B": (4096, 32, 32, 8, 14336),
 }
@@ -19,7 +18,7 @@ SEQUENCE = 4096
 class Case:
     """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
 
-    titan  options of torchtitan beside the common ones; None where it is not the peer
+    titan  options of torchtitan beside the common ones; None where it is not run beside us
     """
 
     shape: str
@@ -30,12 +29,12 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
     titan: tuple[str, ...] | None = None
-    titan_batch: int | None = None  # sequences that torchtitan takes at a time, where that is not `micro_batch`
 
 
 NO_RECOMPUTATION = ("--activation_checkpoint.mode", "none")
 SELECTIVE = ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op")
-BF16_STATES = ("--training.dtype", "bfloat16")
+BF16_STATES = ("--training.dtype", "bfloat16")  # torchtitan trains pure tp and pp in float32 otherwise
+TP2 = ("--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel")
 
 CASES = {
     "1B": Case("1B", 4, titan=NO_RECOMPUTATION),
@@ -44,6 +43,21 @@ CASES = {
     "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2),
+    "8B zero1": Case("8B", 2, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
+    "8B tp2": Case(
+        "8B",
+        2,
+        2,
+        parallelism={
+            "tp": 2,
+            "tp_mode": "REDUCE_SCATTER",
+            "tp_linear_async_communication": True,
+            "recompute_layer": "selective",
+        },
+        titan=(*SELECTIVE, *BF16_STATES, *TP2),
+    ),
+    "8B pp2": Case("8B", 1, 2, micro_batches=8, parallelism={"pp": 2, "pp_engine": "1f1b"}),
+    "8B pp2 interleaved": Case("8B", 1, 2, micro_batches=8, parallelism={"pp": 2, "pp_engine": "interleaved"}),
 }
 
 

@@ -1,5 +1,6 @@
 """Which device computes, and what can be asked of it: the only file that says "cuda"."""
 
+import os
 import resource
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from pentode.errors import ConfigError
 
+FLOAT8_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # a CPU multiplies so too, slowly
 NAMES = ("auto", "cpu", "cuda")
 
 
@@ -24,8 +26,8 @@ class Memory:
     peak_reserved: int
 
 
-def problems(name: str, *, local_rank: int = 0) -> list[str]:
-    """What keeps a process from the device that the config names."""
+def problems(name: str, *, local_rank: int = 0, float8: str | None = None) -> list[str]:
+    """What keeps a process from the device that the config names, or that from products in float8 of this recipe."""
     if name not in NAMES:
         return [f"general.device: {name!r} is not one of {', '.join(NAMES)}"]
     found, count = torch.cuda.is_available(), torch.cuda.device_count()
@@ -33,6 +35,10 @@ def problems(name: str, *, local_rank: int = 0) -> list[str]:
         return ["general.device: cuda, but torch finds no GPU here; use device cpu, or auto"]
     if name != "cpu" and found and local_rank >= count:
         return [f"launch: local rank {local_rank} needs a GPU of its own, but this host has {count}"]
+    if name != "cpu" and found and float8 is not None:
+        needs, has = FLOAT8_CAPABILITY[float8], torch.cuda.get_device_capability(local_rank)
+        if has < needs:
+            return [f"model.float8: {float8} needs compute capability {needs}, this GPU has {has}; leave float8 out"]
     return []
 
 
@@ -49,10 +55,10 @@ def pick(name: str, *, local_rank: int = 0) -> torch.device:
 
 
 def _grow_in_place() -> None:
-    """Let torch's allocator grow its segments, so that less is lost between them; its name is private."""
-    settings = getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if settings is not None:
-        settings("expandable_segments:True")
+    """Let torch's allocator grow its segments, so that less is lost between them, unless the user has set it up."""
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # the public name is not there yet
+        (setter or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -138,6 +144,11 @@ class Graph:
 def total_memory(device: torch.device) -> int:
     """Bytes that a GPU has."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that no process holds."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def memory(device: torch.device) -> Memory:

@@ -14,7 +14,7 @@ from pentode.config.tree import Path, Problem, Section, path_of
 from pentode.config.validate import shown
 
 QUOTE = "'"
-FLOAT8_MULTIPLE = 16  # as ops/linear.py has it
+FLOAT8_MULTIPLE = 16  # of which all sizes of a float8 product must be, as the hardware multiplies
 Found = Iterator[tuple[str, str]]  # dotted path, what is wrong there
 
 # Everything the schema knows that has no code behind it: path -> (values that work, what the others would be).

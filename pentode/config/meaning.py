@@ -70,7 +70,7 @@ def _parameters(c: Config) -> Iterator[tuple[str, str]]:
     adam = 2 if c.optimizer.optimizer_factory.name == "adamW" else 0
     wide = max(size, 4)
     master = 0 if size >= 4 else wide
-    gradient = wide if c.optimizer.accumulate_grad_in_fp32 else size
+    gradient = wide if c.optimizer.accumulate_grad_in_fp32 and c.adds_gradients else size
     total = size + master + gradient + adam * wide
     yield "", f"{_human(count * total)}B with gradients, masters and optimizer: {total} bytes a parameter"
     p = c.parallelism

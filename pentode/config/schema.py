@@ -303,6 +303,11 @@ class Config:
         return self.global_batch_size * self.tokens.sequence_length
 
     @property
+    def adds_gradients(self) -> bool:
+        """Whether gradients are sums, over micro-batches or processes, for which float32 makes a difference."""
+        return self.tokens.batch_accumulation_per_replica > 1 or self.world_size > 1
+
+    @property
     def world_size(self) -> int:
         """Processes: expert parallelism is cut out of the others."""
         p = self.parallelism

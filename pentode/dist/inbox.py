@@ -11,6 +11,7 @@ from pentode import device as devices
 from pentode.dist.mesh import Axis
 from pentode.dist.symmetric import Handle, aligned, shared_buffer
 
+PATIENCE = 20 * 60 * 1000  # milliseconds after which a neighbour is taken for hung, as NCCL's own messages would be
 SIDES = 2  # neighbours that a rank has: the one before it, and the one behind
 
 
@@ -36,9 +37,9 @@ class Inbox:
         stream.wait_stream(devices.current_stream(tensor.device))
         with stream:
             if number >= self.slots:
-                self.handle.wait_signal(to, channel=self.slots + slot)
+                self.handle.wait_signal(to, channel=self.slots + slot, timeout_ms=PATIENCE)
             self._room(tensor, of=to, source=self.axis.rank, slot=slot).copy_(tensor)
-            self.handle.put_signal(to, channel=slot)
+            self.handle.put_signal(to, channel=slot, timeout_ms=PATIENCE)
         return Leaving(stream.record_event(), tensor.device)
 
     def receive(self, into: Tensor, *, source: int) -> "Arriving":
@@ -49,9 +50,9 @@ class Inbox:
 
     def take(self, into: Tensor, *, source: int, slot: int) -> None:
         """Copy what is in a slot when it is full, and give the slot back; the stream waits, not the host."""
-        self.handle.wait_signal(source, channel=slot)
+        self.handle.wait_signal(source, channel=slot, timeout_ms=PATIENCE)
         into.copy_(self._room(into, of=self.axis.rank, source=source, slot=slot))
-        self.handle.put_signal(source, channel=self.slots + slot)
+        self.handle.put_signal(source, channel=self.slots + slot, timeout_ms=PATIENCE)
 
     def _room(self, like: Tensor, *, of: int, source: int, slot: int) -> Tensor:
         """The slot on rank `of` for a tensor of this form from a neighbour."""

@@ -138,7 +138,7 @@ class Channels:
         return self.inbox if self.inbox is not None and tensor.nbytes <= self.inbox.slot_bytes else None
 
     def flush(self) -> None:
-        """Return when all that was sent has gone."""
+        """Go on when all that was sent has gone; on a GPU the stream does, not the host."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()

@@ -1,9 +1,9 @@
 """y = x W^T and the two products of its backward: in the dtype of x, or in float8, scaled anew each time.
 
 T tokens, K input and N output features. In float8 (arXiv:2209.05433) a number has 4 bits of exponent and 3 of mantissa,
-or, for gradients, 5 and 2. Each operand is scaled so that its largest magnitude is the largest number there is: as a
-whole (tensorwise), or by rows of what is summed over (rowwise, arXiv:2407.21783, section 6.2). Products come out in
-bfloat16; weights, masters and what is kept elsewhere stay as they are.
+or, for gradients tensorwise, 5 and 2. Each operand is scaled so that its largest magnitude is the largest number there
+is: as a whole (tensorwise), or by rows of what is summed over (rowwise, arXiv:2407.21783, section 6.2). Products come
+out in bfloat16; weights, masters and what is kept elsewhere stay as they are.
 """
 
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 Float8 = Literal["tensorwise", "rowwise"]
-MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TINY = 1e-12  # an operand that is all zeros is divided by this
 

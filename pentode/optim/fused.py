@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pentode import device as devices
+
 
 def adamw_(
     weights: list[Tensor],
@@ -20,6 +22,7 @@ def adamw_(
     """One update in place, of gradients / divide_by, in one kernel; nothing is written where `skip` is 1.
 
     updates, divide_by, skip  float32, 0-d, on the device; `updates` counts this one already
+    learning_rate             a number, or 0-d on the device
     The gradients are scaled in place.
     """
     torch._fused_adamw_(
@@ -29,7 +32,7 @@ def adamw_(
         moments[1],
         [],
         [updates] * len(weights),
-        lr=learning_rate,
+        lr=_readable(learning_rate),
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=weight_decay,
@@ -39,6 +42,12 @@ def adamw_(
         grad_scale=divide_by,
         found_inf=skip,
     )
+
+
+def _readable(learning_rate: float | Tensor) -> float | Tensor:
+    """The rate as the operator reads it: a GPU's takes a tensor for a float32."""
+    on_gpu = isinstance(learning_rate, Tensor) and devices.is_gpu(learning_rate.device)
+    return learning_rate.float() if on_gpu else learning_rate
 
 
 def usable(like: Tensor) -> bool:
@@ -51,7 +60,7 @@ def usable(like: Tensor) -> bool:
             [gradient],
             ([first], [second]),
             updates=one,
-            learning_rate=0.0,
+            learning_rate=torch.zeros((), dtype=torch.float64, device=like.device),
             betas=(0.9, 0.999),
             eps=1.0,
             weight_decay=0.0,

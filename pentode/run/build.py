@@ -98,8 +98,7 @@ def assemble(
         names_of_model(stages, mesh), weight_decay=o.weight_decay, exclude=o.weight_decay_exclude_named_params
     )
     dtype = DTYPES[config.model.dtype]
-    adds = config.tokens.batch_accumulation_per_replica > 1 or mesh.world.size > 1  # else sums are what is summed
-    wide = torch.promote_types(dtype, torch.float32) if o.accumulate_grad_in_fp32 and adds else dtype
+    wide = torch.promote_types(dtype, torch.float32) if o.accumulate_grad_in_fp32 and config.adds_gradients else dtype
     master = MasterWeights(
         parameters,
         groups=groups,

@@ -1,6 +1,8 @@
 """Steps whose numbers are still on the device, and the records made of them: one wait for the host a flush."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -59,6 +61,16 @@ class Journal:
             self._wanted = len(self.done)
         else:
             self.flush()
+
+    @contextmanager
+    def kept_if_this_fails(self) -> Iterator[None]:
+        """Write the records that wait for the next step if what is done within, that step, ends the run."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # what ended the run is told, not that its numbers are lost with it
+                self._flush(self._wanted)
+            raise
 
     def flush(self, *, val_loss: float | None = None) -> None:
         """Read the steps since the last flush from the device and give their records to the sinks.

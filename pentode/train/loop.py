@@ -57,7 +57,9 @@ def train(
                 save()
             journal.flush()
             raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")
-        journal.add(one_step(run, state, steps))
+        with journal.kept_if_this_fails():
+            done = one_step(run, state, steps)
+        journal.add(done)
         if validation_is_due(run, state.step):
             devices.synchronize(run.device)  # the step's own work is not the validation's
             with journal.meter.outside():

@@ -51,7 +51,7 @@ class Steps:
         if self._recorded is not None and not _alike(self._recorded.batches, batches):
             self._recorded, self._left = None, WARM_UP  # a stage with other lengths begins
         if self._recorded is None and self._is_time():
-            self._recorded = self._record(batches)
+            self._recorded = self._try_to_record(batches)
         if self._recorded is not None:
             return self._replay(self._recorded, batches, learning_rate)
         self._left -= 1
@@ -65,7 +65,20 @@ class Steps:
         return self._asked != "off" and self._left <= 0
 
     def _is_small(self) -> bool:
-        return devices.memory(self.run.device).peak_allocated < devices.total_memory(self.run.device) / 2
+        peak, device = devices.memory(self.run.device).peak_allocated, self.run.device
+        return peak < min(devices.total_memory(device) / 2, devices.free_memory(device))
+
+    def _try_to_record(self, batches: Sequence[Batch]) -> _Recorded | None:
+        """A recorded step; None where it cannot be and need not: recording does nothing, so nothing is lost."""
+        try:
+            return self._record(batches)
+        except RuntimeError as error:
+            if self._asked == "on":
+                raise
+            reason = str(error).splitlines()[0]
+            log.warning(f"model.cuda_graph: a step could not be recorded, each is given to the GPU anew ({reason})")
+            self._asked = "off"
+            return None
 
     def _record(self, batches: Sequence[Batch]) -> _Recorded:
         log.info("Recording a step, to replay it from here on")

@@ -49,7 +49,8 @@ def start(
     here = launch.world()
     store = launch.meet(here)
     found = problems(config, world_size=here.size)
-    launch.refuse([*found, *devices.problems(config.general.device, local_rank=here.local_rank)], here, store=store)
+    found += devices.problems(config.general.device, local_rank=here.local_rank, float8=config.model.float8)
+    launch.refuse(found, here, store=store)
     device = devices.pick(config.general.device, local_rank=here.local_rank)
     p = config.parallelism
     place = coordinates(here.rank, pp=p.pp, dp=p.dp, cp=p.context_parallel_size, tp=p.tp)

@@ -7,21 +7,26 @@ Any rank's failure fails the call with every rank's traceback, and the next call
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import multiprocessing
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+HERE = "127.0.0.1"
 PATIENCE = 300.0  # seconds after which ranks are taken for hung
 SILENCE = 120.0  # seconds after which a rank tells where it stands
 GRACE = 5.0  # seconds that the others have to fail, too, when one has
@@ -42,6 +47,7 @@ class World:
         self.backend = backend
         self.start = "spawn" if backend == "nccl" else "forkserver"  # what the server has imported looked for GPUs
         self._ranks: list[_Rank] = []
+        self._calls = 0
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         """Call `body` on every rank of a new process group; what each returned, in order."""
@@ -53,10 +59,11 @@ class World:
             self._ranks.append(_Rank(process, here))
         helper = body.__module__.startswith("tests.helpers.")  # a test's own module has another name there
         source = body.__module__ if helper else str(sys.modules[body.__module__].__file__)
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, one in enumerate(self._ranks[:ranks]):
-                one.pipe.send((source, body.__name__, rank, ranks, f"file://{folder}/rendezvous", arguments))
-            found = self._collect(ranks)
+        self._calls += 1
+        meeting = meeting_place().port, f"call {self._calls} of {id(self)}"
+        for rank, one in enumerate(self._ranks[:ranks]):
+            one.pipe.send((source, body.__name__, rank, ranks, meeting, arguments))
+        found = self._collect(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(found.items()) if not good]
         if failures or len(found) < ranks:
             self.close()
@@ -89,16 +96,25 @@ class World:
         return found
 
 
+@cache
+def meeting_place() -> "dist.TCPStore":
+    """Where ranks find each other; through a file, eight ranks with many groups spend most of their time on it."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+
+
 def _serve(pipe: Connection, backend: str) -> None:
     """Do what is asked until nobody asks any more."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()
     modules: dict[str, Any] = {}
     while True:
         try:
-            source, name, rank, ranks, rendezvous, arguments = pipe.recv()
+            source, name, rank, ranks, (port, call), arguments = pipe.recv()
         except EOFError:
             return
         try:
@@ -107,7 +123,8 @@ def _serve(pipe: Connection, backend: str) -> None:
                     _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
                 )
             own = torch.device("cuda", rank) if backend == "nccl" else None
-            dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=ranks, device_id=own)
+            store = dist.PrefixStore(call, dist.TCPStore(HERE, port, is_master=False))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=own)
             faulthandler.dump_traceback_later(SILENCE)
             pipe.send((True, getattr(modules[source], name)(**arguments)))
         except BaseException:  # noqa: BLE001
@@ -115,6 +132,7 @@ def _serve(pipe: Connection, backend: str) -> None:
         faulthandler.cancel_dump_traceback_later()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # a group that stands in a cycle keeps its threads and sockets
 
 
 def _from_file(path: Path) -> ModuleType:

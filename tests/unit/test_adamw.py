@@ -253,3 +253,18 @@ def test_a_torch_without_the_fused_operator_gets_the_plain_form(
         monkeypatch.setattr(torch, "_fused_adamw_", broken)  # another signature: keywords are refused
     assert not fused.usable(torch.zeros(1))
     assert not make(torch.float32, use_fused=True)[1].fused
+
+
+def test_the_fused_operator_gets_a_rate_that_a_gpu_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, optimizer = make(torch.float32, use_fused=True)
+    real, given = torch._fused_adamw_, []
+
+    def spy(*tensors: object, **options: object) -> None:
+        given.append(options["lr"])
+        real(*tensors, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", spy)
+    monkeypatch.setattr(fused.devices, "is_gpu", lambda device: True)
+    give(master, seed=0)
+    optimizer.step(learning_rate=torch.tensor(0.1, dtype=torch.float64), scale=ONE, finite=YES)
+    assert {rate.dtype for rate in given} == {torch.float32}

@@ -56,10 +56,10 @@ class Handle:
     def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int = 0) -> Tensor:
         return self.buffers[rank].view(dtype)[storage_offset:][: prod(sizes)].view(sizes)
 
-    def put_signal(self, dst_rank: int, channel: int = 0) -> None:
+    def put_signal(self, dst_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
         self.signals.put((self.rank, dst_rank, channel))
 
-    def wait_signal(self, src_rank: int, channel: int = 0) -> None:
+    def wait_signal(self, src_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
         self.signals.take((src_rank, self.rank, channel))
 
 

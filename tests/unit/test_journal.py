@@ -180,3 +180,16 @@ def test_speed_under_the_next_step_is_that_of_the_steps_written(tmp_path: Path, 
             journal.want()
         journal.add(a_step(step))
     assert per_step(records[-1], "tokens_per_sec") == pytest.approx(journal.run.config.global_batch_size * FIRST_LENGTH)
+
+
+def test_records_that_wait_are_written_when_the_next_step_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, records = a_journal(tmp_path)
+    journal.add(a_step(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(journals.devices, "is_gpu", lambda device: True)
+        journal.want()
+    with pytest.raises(KeyboardInterrupt), journal.kept_if_this_fails():
+        raise KeyboardInterrupt
+    assert [record.step for record in records] == [1]

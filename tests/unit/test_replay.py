@@ -30,7 +30,7 @@ TOTAL = 1000  # bytes that the GPU played here has
 class Recorder:
     """A GPU played by the CPU: a recorded step is not done; replayed, it is done on the tensors it was given."""
 
-    def __init__(self, *, peak: int = 0) -> None:
+    def __init__(self, *, peak: int = 0, free: int = TOTAL) -> None:
         self.replays: list[int] = []  # of each graph
         self.given: Callable[[], None] | None = None
         self.recording = False
@@ -38,6 +38,7 @@ class Recorder:
             is_gpu=lambda device: True,
             memory=lambda device: SimpleNamespace(peak_allocated=peak),
             total_memory=lambda device: TOTAL,
+            free_memory=lambda device: free,
             Graph=self.graph,
         )
 
@@ -71,9 +72,9 @@ class Recorder:
         return SimpleNamespace(recording=recording, replay=again)
 
 
-def played(monkeypatch: pytest.MonkeyPatch, *, peak: int = 0) -> Recorder:
-    """Give `train.replay` a GPU, of which a step takes `peak` of TOTAL bytes."""
-    recorder = Recorder(peak=peak)
+def played(monkeypatch: pytest.MonkeyPatch, *, peak: int = 0, free: int = TOTAL) -> Recorder:
+    """Give `train.replay` a GPU, of which a step takes `peak` of TOTAL bytes, and others all but `free`."""
+    recorder = Recorder(peak=peak, free=free)
     monkeypatch.setattr(replay, "devices", recorder.devices)
     monkeypatch.setattr(replay, "train_step", recorder.train_step)
     return recorder
@@ -171,6 +172,44 @@ def test_by_itself_a_step_is_recorded_that_needs_less_than_half_of_the_memory(
     steps = Steps(run_of(tmp_path, wanted))
     do(steps, STEPS)
     assert recorder.replays == ([STEPS - WARM_UP] if is_recorded else [])
+
+
+def test_a_step_is_not_recorded_by_itself_where_others_hold_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = played(monkeypatch, peak=TOTAL // 4, free=TOTAL // 4)
+    do(Steps(run_of(tmp_path, "auto")), STEPS)
+    assert recorder.replays == []
+
+
+@pytest.mark.parametrize("wanted", ["auto", "on"])
+def test_a_step_that_cannot_be_recorded_is_done_unless_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: Literal["auto", "on"]
+) -> None:
+    recorder = played(monkeypatch)
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    recorder.devices.Graph = lambda: SimpleNamespace(recording=recording)
+    real = recorder.train_step
+    monkeypatch.setattr(
+        replay, "train_step", lambda *a, **k: None if isinstance(k["learning_rate"], Tensor) else real(*a, **k)
+    )
+    plain, run = run_of(tmp_path, "off"), run_of(tmp_path, wanted)
+    steps = Steps(run)
+    if wanted == "on":
+        with pytest.raises(RuntimeError, match="not permitted"):
+            do(steps, STEPS)
+        return
+    do(Steps(plain), STEPS)
+    do(steps, STEPS)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(run.master).values(), weights(plain.master).values(), strict=True)
+    )
+    assert capsys.readouterr().out.count("a step could not be recorded") == 1
 
 
 def test_replaying_without_a_gpu_is_refused(tmp_path: Path) -> None:
