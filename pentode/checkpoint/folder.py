@@ -78,7 +78,9 @@ class Checkpoint:
         return (self.folder / name).read_bytes()
 
     def read_state(self) -> None:
-        """Read state.json into `state`; raises CheckpointError."""
+        """Read state.json into `state`; raises DamagedError."""
+        if STATE not in self.manifest.files:
+            raise DamagedError(f"{self}: it has no {STATE}")
         try:
             self.state.update(parse_json(self.file(STATE)))
         except ValueError as error:

@@ -278,3 +278,14 @@ def test_a_state_that_is_no_strict_json_is_refused(tmp_path: Path, content: byte
     forge(folder, {"state.json": FileFacts(len(content), hashlib.sha256(content).hexdigest())})
     with pytest.raises(CheckpointError, match=r"/1/state\.json: it "):
         open_checkpoint(folder)
+
+
+def test_a_manifest_without_the_state_falls_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    path = tmp_path / "2" / "manifest.json"
+    whole = Manifest.parse(path.read_bytes())
+    path.write_bytes(Manifest(2, {name: facts for name, facts in whole.files.items() if name != "state.json"}).dump())
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
