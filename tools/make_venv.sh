@@ -56,7 +56,7 @@ warn_of_gpu_build
 $install hatchling editables
 $install --no-build-isolation -e ".[dev]"
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then # then nobody would ever compile it: each import of torch takes 3 s more
-    env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -j 0 -x '/(tests?|models|onnx|quantization)/' .venv/lib || true
+    env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -qq -j 0 -x '/(tests?|_internal|models|onnx|quantization)/' .venv/lib || true
 fi
 rm .venv/.unfinished
 echo "$here" >.venv/.ready
