@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.shapes import optimizer
 from benchmarks.trace import Span, length, shared, union
 from pentode import device as devices
 from pentode import log
@@ -135,20 +136,7 @@ def _config(option: Option, changes: dict[str, Any], layers: int) -> Config:
                 "micro_batch_size": option.micro_batch_size,
                 "batch_accumulation_per_replica": option.micro_batches,
             },
-            "optimizer": {
-                "optimizer_factory": {
-                    "name": "adamW",
-                    "adam_eps": 1e-8,
-                    "adam_beta1": 0.9,
-                    "adam_beta2": 0.95,
-                    "torch_adam_is_fused": True,
-                },
-                "zero_stage": zero,
-                "weight_decay": 0.1,
-                "clip_grad": 1.0,
-                "accumulate_grad_in_fp32": True,
-                "learning_rate_scheduler": {"learning_rate": 3e-4},
-            },
+            "optimizer": optimizer(zero) | {"learning_rate_scheduler": {"learning_rate": 3e-4}},
             "data_stages": [{"name": "random", "start_training_step": 1, "data": {"dataset": None}}],
         }
     )

@@ -12,6 +12,7 @@ LLAMA = {
 VOCABULARY = 128256
 STEPS, EVERY = 40, 10  # steps of a run, and between iteration lines; the first EVERY are warm-up
 SEQUENCE = 4096
+RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,16 @@ def config_of(case: Case, folder: Path) -> dict[str, Any]:
             "micro_batch_size": case.micro_batch,
             "batch_accumulation_per_replica": case.micro_batches,
         },
-        "optimizer": {
-            "optimizer_factory": {
-                "name": "adamW",
-                "adam_eps": 1e-8,
-                "adam_beta1": 0.9,
-                "adam_beta2": 0.95,
-                "torch_adam_is_fused": True,
-            },
-            "zero_stage": case.zero_stage,
-            "weight_decay": 0.1,
-            "clip_grad": 1.0,
-            "accumulate_grad_in_fp32": True,
-            "learning_rate_scheduler": {"learning_rate": 3e-4, "lr_warmup_steps": 10},
-        },
+        "optimizer": optimizer(case.zero_stage) | {"learning_rate_scheduler": RATE},
         "data_stages": [{"name": "random", "start_training_step": 1, "data": {"dataset": None}}],
     }
+
+
+def optimizer(zero_stage: int) -> dict[str, Any]:
+    """What every timed run steps with; the rate is missing."""
+    adamw = {"adam_eps": 1e-8, "adam_beta1": 0.9, "adam_beta2": 0.95, "torch_adam_is_fused": True}
+    rest = {"weight_decay": 0.1, "clip_grad": 1.0, "accumulate_grad_in_fp32": True}
+    return {"optimizer_factory": {"name": "adamW", **adamw}, "zero_stage": zero_stage, **rest}
 
 
 def _shape(name: str, sequence: int) -> dict[str, Any]:
