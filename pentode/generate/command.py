@@ -87,6 +87,7 @@ def _config(checkpoint: Checkpoint, *, tp: int, pp: int, world_size: int) -> Con
     layout = {"dp": 1, "tp": tp, "pp": pp, "pp_engine": "afab", "pp_stages_per_rank": 1, "context_parallel_size": 1}
     layout |= {"tp_mode": "ALL_REDUCE", "tp_linear_async_communication": "false"}
     overrides = [f"parallelism.{key}={value}" for key, value in layout.items()]
+    overrides += ["model.float8=null", "model.cuda_graph=auto"]
     config = load_config(checkpoint.folder / "config.yaml", overrides)
     found = problems(config, world_size=world_size)
     if found:
