@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, STEPS, Case
+from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, Case
 
 PEER = Path(__file__).with_name("titan.py")
 FIRST = {"pentode": re.compile(r"iteration: 1 /"), "torchtitan": re.compile(r"step:\s*1\s")}
@@ -63,6 +63,8 @@ def main() -> None:
             found = [ours]
             if not asked.no_peer and case.titan is not None and importlib.util.find_spec("torchtitan"):
                 found.append(run_titan(case, asked.out / f"{_file(name)}-titan.log"))
+            if not asked.no_peer and case.shape == "gpt2":
+                found.append(run_bare(case, asked.out / f"{_file(name)}-bare.log"))
             for figures in found:
                 file.write(json.dumps({"run": name, "set": asked.set, **asdict(figures)}) + "\n")
                 file.flush()
@@ -96,15 +98,17 @@ def run_titan(case: Case, log: Path) -> Figures:
     """The same shape with torchtitan; its MFU counts attention in full."""
     assert case.shape in LLAMA, f"torchtitan has no {case.shape}"
     assert case.titan is not None, "torchtitan is no peer of this run"
-    options = [case.shape, "--training.seq_len", str(SEQUENCE)]
-    options += [
-        "--training.local_batch_size",
-        str(case.micro_batch),
-        "--training.steps",
-        str(STEPS),
-    ]
-    options += ["--metrics.log_freq", str(EVERY), "--compile.enable", *case.titan]
-    first = _logged(_launched(case.gpus, [str(PEER), *options], torchrun=True), log, FIRST["torchtitan"])
+    sequences = case.micro_batch * case.micro_batches
+    options = {
+        "--training.seq_len": SEQUENCE,
+        "--training.local_batch_size": case.micro_batch,
+        "--training.global_batch_size": sequences * case.parallelism.get("dp", 1),
+        "--training.steps": case.steps,
+        "--metrics.log_freq": EVERY // 2,
+    }
+    given = [str(word) for option in options.items() for word in option]
+    command = [str(PEER), case.shape, *given, "--compile.enable", *case.titan]
+    first = _logged(_launched(case.gpus, command, torchrun=True), log, FIRST["torchtitan"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     rows = re.findall(r"step:\s*(\d+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+).*?mfu:\s*([\d.]+)%", text)
     rows = [row for row in rows if int(row[0]) > EVERY]
@@ -114,11 +118,20 @@ def run_titan(case: Case, log: Path) -> Figures:
     return Figures(
         "torchtitan",
         tokens_per_second=speed,
-        step_ms=case.micro_batch * case.micro_batches * SEQUENCE / speed * 1e3,
+        step_ms=sequences * SEQUENCE / speed * 1e3,
         mfu=statistics.median(float(row[3]) for row in rows) / 100,
         peak_gib=max(float(row[1]) for row in rows),
         first_step_s=first,
     )
+
+
+def run_bare(case: Case, log: Path) -> Figures:
+    """A bare, compiled loop of GPT-2 on the same batch."""
+    _logged([sys.executable, "-m", "benchmarks.bare_gpt_gpu", "--batch", str(case.micro_batch)], log, FIRST["pentode"])
+    found = re.search(r"bare: ([\d,]+) tokens/s, ([\d.]+) ms", log.read_text(errors="replace"))
+    if found is None:
+        return Figures("bare loop, failed")
+    return Figures("bare loop", tokens_per_second=float(found[1].replace(",", "")), step_ms=float(found[2]))
 
 
 def _file(name: str) -> str:

@@ -11,6 +11,7 @@ LLAMA = {
 }
 VOCABULARY = 128256
 STEPS, EVERY = 40, 10  # steps of a run, and between iteration lines; the first EVERY are warm-up
+SHORT = 24  # steps of a run whose steps are long
 SEQUENCE = 4096
 RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
@@ -19,6 +20,7 @@ RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 class Case:
     """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
 
+    steps  of the run, the first EVERY of them warm-up
     titan  options of torchtitan beside the common ones; None where it is not run beside us
     """
 
@@ -29,6 +31,7 @@ class Case:
     parallelism: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
+    steps: int = STEPS
     titan: tuple[str, ...] | None = None
 
 
@@ -42,8 +45,10 @@ CASES = {
     "8B8": Case("8B8", 4, titan=NO_RECOMPUTATION),
     "1B float8": Case("1B", 4, model={"float8": "tensorwise"}),
     "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
+    "1B x8": Case("1B", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
+    "8B8 x8": Case("8B8", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
     "gpt2": Case("gpt2", 16),
-    "tiny": Case("tiny", 2),
+    "tiny": Case("tiny", 2, steps=500),
     "8B zero1": Case("8B", 2, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
     "8B tp2": Case(
         "8B",
@@ -78,7 +83,7 @@ def config_of(case: Case, folder: Path) -> dict[str, Any]:
         "logging": {"iteration_step_info_interval": 1 if tiny else EVERY},
         "tokens": {
             "sequence_length": sequence,
-            "train_steps": 500 if tiny else STEPS,
+            "train_steps": case.steps,
             "micro_batch_size": case.micro_batch,
             "batch_accumulation_per_replica": case.micro_batches,
         },
