@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import add
 
 import torch
 from torch import Tensor
 
 from pentode.checkpoint.manifest import FORMAT, FORMAT_VERSION, header_table, is_count
-from pentode.parallel.shards import Block, Piece
+from pentode.dist.mesh import Axis
+from pentode.parallel.shards import Block, Piece, blocks_of_range
 from pentode.parallel.spec import Box
 
 ALIGNMENT = 8  # a tensor file's header is padded to a multiple of this
@@ -53,6 +55,23 @@ class Saved:
     def nbytes(self) -> int:
         """Bytes that the pieces take in a file."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.pieces)
+
+
+def share_of(group: Mapping[str, Saved], axis: Axis) -> dict[str, Saved]:
+    """This rank's part of what all ranks of `axis` hold alike: their bytes, side by side, cut evenly at elements."""
+    total, at = sum(saved.nbytes for saved in group.values()), 0
+    edges = [total * rank // axis.size for rank in (axis.rank, axis.rank + 1)]
+    found = {}
+    for name, saved in group.items():
+        pieces: list[Piece] = []
+        for start, tensor in saved.pieces:
+            width, count, origin = tensor.element_size(), tensor.numel(), (0,) * tensor.dim()
+            begin, end = (min(max(-((at - edge) // width), 0), count) for edge in edges)  # rounded up
+            for block in blocks_of_range(tuple(tensor.shape), begin, stop=end):
+                pieces.append((tuple(map(add, start, block.start)), block.view(tensor, start=origin)))
+            at += count * width
+        found[name] = Saved(saved.global_shape, pieces)
+    return found
 
 
 @dataclass(frozen=True)

@@ -38,26 +38,43 @@ class _Stored:
 
 @torch.no_grad()
 def read_tensors(
-    checkpoint: Checkpoint, group: str, into: Mapping[str, Saved], *, names: Collection[str] | None = None
+    checkpoint: Checkpoint,
+    group: str,
+    into: Mapping[str, Saved],
+    *,
+    names: Collection[str] | None = None,
+    rounded: bool = False,
 ) -> None:
     """Fill tensors, by name, with a group's, whatever boxes the ranks that wrote it had.
 
-    names   of the whole model over all ranks, `into` being a part of them; without it, `into` has them all
+    names    of the whole model over all ranks, `into` being a part of them; without it, `into` has them all
+    rounded  a tensor may be narrower than the file's, whose values are then rounded
 
     Names must be the same there and here, and so must each global shape. A dtype may differ where the tensor's own
-    holds every value of the file's.
+    holds every value of the file's, or with `rounded`. No more than one tensor is held beside those that are filled.
     """
-    there: dict[str, list[_Stored]] = {}
-    for file in checkpoint.files_of(group):
-        begin, found = _entries_of(checkpoint, file)
-        for entry in found:
-            there.setdefault(entry.name, []).append(_Stored(checkpoint.folder / file, begin + entry.begin, entry))
-    _compare(checkpoint, group, there, into, names=into.keys() | set(names or ()))
+    there = _stored(checkpoint, group)
+    _compare(checkpoint, group, there, into, names=into.keys() | set(names or ()), rounded=rounded)
     for name, saved in into.items():
         for start, tensor in saved.pieces:
             filled = [block for stored in there[name] if (block := _fill(tensor, start, stored=stored))]
             if sum(prod(block.shape) for block in filled) != tensor.numel() or not disjoint(filled):
                 raise DamagedError(f"{checkpoint}: {name} is not whole, or parts of it are there twice")
+
+
+def global_shapes(checkpoint: Checkpoint, group: str) -> dict[str, tuple[int, ...]]:
+    """The global shape of each tensor of a group, by its name."""
+    return {name: boxes[0].entry.global_shape for name, boxes in _stored(checkpoint, group).items()}
+
+
+def _stored(checkpoint: Checkpoint, group: str) -> dict[str, list[_Stored]]:
+    """Where a group's files have the boxes of each tensor, by its name."""
+    there: dict[str, list[_Stored]] = {}
+    for file in checkpoint.files_of(group):
+        begin, found = _entries_of(checkpoint, file)
+        for entry in found:
+            there.setdefault(entry.name, []).append(_Stored(checkpoint.folder / file, begin + entry.begin, entry))
+    return there
 
 
 def _entries_of(checkpoint: Checkpoint, name: str) -> tuple[int, list[Entry]]:
@@ -76,6 +93,7 @@ def _compare(
     here: Mapping[str, Saved],
     *,
     names: Set[str],
+    rounded: bool,
 ) -> None:
     differ = f"the two {'models' if group == 'weights' else 'optimizers'} differ"
     for name in sorted(names - there.keys()):
@@ -89,7 +107,7 @@ def _compare(
             )
         dtypes = {stored.entry.dtype for stored in there[name]}, {tensor.dtype for _, tensor in saved.pieces}
         for theirs, ours in product(*dtypes):
-            if torch.promote_types(theirs, ours) != ours:
+            if torch.promote_types(theirs, ours) != ours and not rounded:
                 raise CheckpointError(
                     f"{checkpoint}: {name} is {_name(theirs)} there, {_name(ours)} here, which cannot hold it; "
                     "set model.dtype as it was"

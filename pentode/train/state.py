@@ -1,6 +1,7 @@
 """Where a run stands, and how it goes to disk and comes back: weights, masters, optimizer, position in the data."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import torch
 
 from pentode import log
 from pentode.checkpoint.folder import Checkpoint
-from pentode.checkpoint.layout import Saved
-from pentode.checkpoint.load import read_tensors
+from pentode.checkpoint.layout import Saved, share_of
+from pentode.checkpoint.load import global_shapes, read_tensors
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
 from pentode.dist.together import together
@@ -18,6 +19,8 @@ from pentode.parallel.shards import pieces_of_range
 from pentode.parallel.spec import specs_of
 from pentode.run.build import Run, names_of_model
 from pentode.version import VERSION
+
+MASTER = "master/"  # what the names of master weights begin with in the optimizer's group
 
 
 @dataclass
@@ -71,23 +74,32 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
     """Read a checkpoint into the run, whatever layout wrote it.
 
     Without `optimizer` only the weights are taken, as the model held them; without `counts` the run starts at step 1 of
-    its schedule and data.
+    its schedule and data. The model's dtype may be another: master weights are then read from the weights there, if
+    those are precise enough to have no masters beside them, or weights from the masters there.
     """
     log.info(f"Loading weights from {checkpoint.folder}")
     names = names_of_model(run.stages, run.mesh)
-
-    def read() -> None:
-        read_tensors(checkpoint, "weights", _weights(run, owned=False), names=names)
-        if optimizer:
-            kinds = [f"{kind}/{name}" for kind in beside_shards(run) for name in names]
-            read_tensors(checkpoint, "optimizer", _optimizer(run, owned=False), names=kinds)
-
-    together(read, run.mesh.world)
+    together(lambda: _read(run, checkpoint, names, optimizer=optimizer), run.mesh.world)
     if optimizer:
         run.optimizer.updates.fill_(checkpoint.state["updates"])
-    else:
-        run.master.adopt_weights()
     return TrainState(**checkpoint.state["train"]) if counts else TrainState()
+
+
+def _read(run: Run, checkpoint: Checkpoint, names: Sequence[str], *, optimizer: bool) -> None:
+    weights, stepped = _weights(run, owned=False), _optimizer(run, owned=False)
+    kinds = list(beside_shards(run))
+    has_masters = optimizer and any(name.startswith(MASTER) for name in global_shapes(checkpoint, "optimizer"))
+    if has_masters and run.master.shares_storage:
+        stepped |= {MASTER + name: saved for name, saved in weights.items()}
+        kinds.append(MASTER[:-1])
+    else:
+        read_tensors(checkpoint, "weights", weights, names=names, rounded=not run.master.shares_storage)
+    if not has_masters and not run.master.shares_storage:
+        kinds.remove(MASTER[:-1])
+        masters = {name: stepped.pop(MASTER + name) for name in weights if MASTER + name in stepped}
+        read_tensors(checkpoint, "weights", masters, names=names)
+    if optimizer:
+        read_tensors(checkpoint, "optimizer", stepped, names=[f"{kind}/{name}" for kind in kinds for name in names])
 
 
 def check_data(run: Run, state: TrainState) -> None:
@@ -118,20 +130,20 @@ def beside_shards(run: Run) -> dict[str, list[torch.Tensor]]:
 
 
 def _weights(run: Run, *, owned: bool) -> dict[str, Saved]:
-    """The model's weights that this rank holds, or of all that it holds alike with others, only what it writes."""
-    if owned and run.mesh.data.rank > 0:
-        return {}
-    return {
+    """The model's weights that this rank holds; with `owned` the share of them that it writes."""
+    found = {
         name: Saved.of(parameter.detach(), spec.global_shape, spec.owned() if owned else spec.boxes())
         for stage in run.stages.values()
         for (name, parameter), spec in zip(stage.named_parameters(), specs_of(stage).values(), strict=True)
     }
+    return share_of(found, run.mesh.data) if owned else found
 
 
 def _optimizer(run: Run, *, owned: bool) -> dict[str, Saved]:
-    """What this rank steps: masters, where they are not the weights themselves, and the optimizer's own tensors."""
-    if owned and not run.master.sharded and run.mesh.data.rank > 0:
-        return {}
+    """What this rank steps: masters, where they are not the weights themselves, and the optimizer's own tensors.
+
+    With `owned`, what of it this rank writes: its shards, or its share of what all ranks of `data` step alike.
+    """
     specs = {name: spec for stage in run.stages.values() for name, spec in specs_of(stage).items()}
     found = {}
     for kind, tensors in beside_shards(run).items():
@@ -139,4 +151,4 @@ def _optimizer(run: Run, *, owned: bool) -> dict[str, Saved]:
             spec = specs[name]
             pieces = [piece for start, flat in parts for piece in pieces_of_range(spec, flat, start, owned=owned)]
             found[f"{kind}/{name}"] = Saved(spec.global_shape, pieces)
-    return found
+    return share_of(found, run.mesh.data) if owned and not run.master.sharded else found

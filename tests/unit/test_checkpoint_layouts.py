@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from pentode.checkpoint import storage
 from pentode.checkpoint.folder import newest, open_checkpoint
-from pentode.checkpoint.layout import Saved
+from pentode.checkpoint.layout import Saved, entries, share_of
 from pentode.checkpoint.load import read_tensors
 from pentode.checkpoint.save import clean, file_names, save
 from pentode.dist.mesh import Axis
@@ -64,6 +64,31 @@ def test_any_layout_is_read_in_any_other(
             read_tensors(checkpoint, "weights", {name: into}, names=of_names)
             there = spec.take(numbered(parameter.shape)).flatten()[start:stop]
             assert torch.equal(flat, torch.where(there > 0, there, -1.0))
+
+
+@given(
+    shapes=st.dictionaries(st.text("abc", min_size=1, max_size=2), st.lists(st.integers(1, 6), max_size=3), min_size=1),
+    ranks=st.integers(1, 9),
+)
+def test_shares_cover_what_ranks_hold_alike_once_and_are_equal(shapes: dict[str, list[int]], ranks: int) -> None:
+    tensors = {name: numbered(tuple(shape)) for name, shape in shapes.items()}
+    group = {name: Saved.whole(tensor.double() if "a" in name else tensor) for name, tensor in tensors.items()}
+    shares = [share_of(group, Axis("data", ranks, rank)) for rank in range(ranks)]
+    for name, tensor in tensors.items():
+        found = torch.zeros_like(tensor)
+        for start, piece in (piece for share in shares for piece in share[name].pieces):
+            part = found[tuple(slice(at, at + size) for at, size in zip(start, piece.shape, strict=True))]
+            part += piece
+        assert torch.equal(found, tensor)
+    sizes = [sum(saved.nbytes for saved in share.values()) for share in shares]
+    assert max(sizes) - min(sizes) <= 2 * 8, "an element more at either end"
+
+
+def test_a_share_is_whole_tensors_but_at_its_ends() -> None:
+    group = {name: Saved.whole(numbered((8, 4, 2))) for name in "abcdefgh"}
+    shares = [share_of(group, Axis("data", 3, rank)) for rank in range(3)]
+    pieces = [2 + 3, 3 + 2 + 2, 2 + 2]  # of 512 elements 171, 171 and 170: two whole tensors each
+    assert [len(list(entries(share))) for share in shares] == pieces
 
 
 def rows(low: int, high: int) -> Saved:
