@@ -47,8 +47,8 @@ def by_varlen(batch: int, sequence: int) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        y = varlen_attn(q, k, v, ends, ends, sequence, sequence, is_causal=True)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # torch 2.11 has no grouped ones
+        y = varlen_attn(q, k, v, ends, ends, sequence, sequence, window_size=(-1, 0))
         return y.unflatten(0, (batch, sequence)).transpose(1, 2)
 
     return attend

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.bare_gpt import BareGPT
-from benchmarks.shapes import EVERY, STEPS
+from benchmarks.shapes import STEPS, WARM_UP
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         marks[-1].record()
         step()
     torch.cuda.synchronize()
-    times = [begin.elapsed_time(end) for begin, end in zip(marks[EVERY:-1], marks[EVERY + 1 :], strict=True)]
+    times = [begin.elapsed_time(end) for begin, end in zip(marks[WARM_UP:-1], marks[WARM_UP + 1 :], strict=True)]
     ms = statistics.median(times)
     print(f"bare: {asked.batch * asked.block / ms * 1e3:,.0f} tokens/s, {ms:.2f} ms a step", flush=True)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, Case
+from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, WARM_UP, Case
 
 PEER = Path(__file__).with_name("titan.py")
 FIRST = {"pentode": re.compile(r"iteration: 1 /"), "torchtitan": re.compile(r"step:\s*1\s")}
@@ -104,14 +104,14 @@ def run_titan(case: Case, log: Path) -> Figures:
         "--training.local_batch_size": case.micro_batch,
         "--training.global_batch_size": sequences * case.parallelism.get("dp", 1),
         "--training.steps": case.steps,
-        "--metrics.log_freq": EVERY // 2,
+        "--metrics.log_freq": EVERY,
     }
     given = [str(word) for option in options.items() for word in option]
     command = [str(PEER), case.shape, *given, "--compile.enable", *case.titan]
     first = _logged(_launched(case.gpus, command, torchrun=True), log, FIRST["torchtitan"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     rows = re.findall(r"step:\s*(\d+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+).*?mfu:\s*([\d.]+)%", text)
-    rows = [row for row in rows if int(row[0]) > EVERY]
+    rows = [row for row in rows if int(row[0]) > WARM_UP]
     if not rows:
         return Figures("torchtitan, failed", first_step_s=first)
     speed = statistics.median(float(row[2].replace(",", "")) for row in rows)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch.profiler import record_function
 
-from benchmarks.shapes import CASES, EVERY, config_of
+from benchmarks.shapes import CASES, EVERY, WARM_UP, config_of
 from benchmarks.trace import breakdown, traced
 from pentode.config.load import load_config
 from pentode.nn import causal_lm
@@ -39,9 +39,10 @@ def main() -> None:
 
 
 def _figures(folder: Path) -> dict[str, float]:
-    """Medians over the iteration lines after the warm-up."""
+    """Medians over the iteration lines after the warm-up, but the last, whose steps had no other behind them."""
     records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if record["step"] > EVERY]
+    ends = records[-1]["step"] - EVERY
+    records = [record for record in records if WARM_UP < record["step"] <= ends]
     lines = {
         "tokens_per_second": "tokens_per_sec_per_gpu",
         "step_ms": "elapsed_time_per_iteration_ms",

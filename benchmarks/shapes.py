@@ -10,8 +10,8 @@ LLAMA = {
     "8B": (4096, 32, 32, 8, 14336),
 }
 VOCABULARY = 128256
-STEPS, EVERY = 40, 10  # steps of a run, and between iteration lines; the first EVERY are warm-up
-SHORT = 24  # steps of a run whose steps are long
+STEPS, WARM_UP, EVERY = 40, 10, 5  # steps of a run, of these not counted, and between iteration lines
+SHORT = 22  # steps of a run whose steps are long
 SEQUENCE = 4096
 RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
@@ -20,7 +20,7 @@ RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 class Case:
     """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
 
-    steps  of the run, the first EVERY of them warm-up
+    steps  of the run, the first WARM_UP of them not counted
     titan  options of torchtitan beside the common ones; None where it is not run beside us
     """
 

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pentode import device as devices
 from pentode import log
 from pentode.optim import fused
 from pentode.optim.flat import Shard, Stepped, nobody
 from pentode.optim.layout import ALIGN
 
 PIECE = 1 << 24  # elements that the plain form updates at a time, so that its temporaries stay small
+LARGE_PIECE = 1 << 30  # elements that the compiled form updates at a time: numbered by 32 bits
 Update = Callable[..., None]
 
 
@@ -54,6 +56,8 @@ class AdamW:
         beta1, beta2 = betas
         self._constants = torch.tensor([1 - beta1, beta2, 1 - beta2, eps], dtype=torch.float64, device=device)
         self._parts = [_Part(shard, torch.zeros_like(shard.weight), torch.zeros_like(shard.weight)) for shard in shards]
+        if self.update is not None and devices.is_gpu(device):
+            self._try_update()
 
     @torch.no_grad()
     def step(self, *, learning_rate: float | Tensor, scale: Tensor, finite: Tensor, stepped: Stepped = nobody) -> None:
@@ -105,11 +109,29 @@ class AdamW:
             model = None if shard.model is shard.weight else shard.model
             tensors = (shard.weight, shard.gradient, mean, square, model)
             if self.update is not None:
-                self.update(*(t if t is None else t.view(-1, ALIGN) for t in tensors), *numbers)
+                for piece in _pieces(tensors, LARGE_PIECE):
+                    self.update(*(t if t is None else t.view(-1, ALIGN) for t in piece), *numbers)
             else:
-                for piece in _pieces(tensors):
+                for piece in _pieces(tensors, PIECE):
                     update_(*piece, *numbers)
             stepped(shard)
+
+    @torch.no_grad()
+    def _try_update(self) -> None:
+        """Have the compiled update choose its kernel on small tensors: it tries variants on copies of all it changes.
+
+        In the first step those would be copies of everything: tens of GB, on the host where the device is full.
+        """
+        one = self.updates.new_ones(())
+        numbers = self._numbers(0.0, 0.0, scale=one, finite=one.bool())
+        kinds = {
+            (s.weight.dtype, s.gradient.dtype, None if s.model is s.weight else s.model.dtype)
+            for s, _, _ in self._parts
+        }
+        for weight, gradient, model in sorted(kinds, key=str):
+            dtypes = (weight, gradient, weight, weight, model)
+            tensors = [None if dtype is None else self.updates.new_zeros(PIECE, dtype=dtype) for dtype in dtypes]
+            self.update(*(t if t is None else t.view(-1, ALIGN) for t in tensors), *numbers)
 
     def _numbers(
         self, learning_rate: float | Tensor, weight_decay: float, *, scale: Tensor, finite: Tensor
@@ -159,9 +181,9 @@ def update_(
         model.copy_(w)
 
 
-def _pieces(tensors: Sequence[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
-    """Tensors of one length, cut alike."""
-    parts = [None if tensor is None else tensor.split(PIECE) for tensor in tensors]
+def _pieces(tensors: Sequence[Tensor | None], length: int) -> Iterator[tuple[Tensor | None, ...]]:
+    """Tensors of one length, cut alike into pieces of at most this `length`."""
+    parts = [None if tensor is None else tensor.split(length) for tensor in tensors]
     count = max(len(part) for part in parts if part is not None)
     for i in range(count):
         yield tuple(None if part is None else part[i] for part in parts)

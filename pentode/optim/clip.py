@@ -17,7 +17,7 @@ def squared_norm(master: MasterWeights) -> Tensor:
     owner. Not finite if any element is not.
     """
     counts = master.sharded or master.data.rank == 0
-    squares = [_sum_of_squares(gradient) for gradient in master.own_gradients if counts]
+    squares = [_sum_of_squares(gradient) for gradient in master.own_gradients() if counts]
     like = master.flat[0].gradient
     return torch.stack(squares).sum() if squares else like.new_zeros((), dtype=_wide(like.dtype))
 

@@ -10,19 +10,22 @@ from torch import Tensor, nn
 from pentode.dist.collectives import local_part
 from pentode.dist.mesh import Axis
 from pentode.optim.groups import Group
-from pentode.optim.layout import Layout, lay_out
+from pentode.optim.layout import ALIGN, Layout, lay_out
 from pentode.parallel.spec import Box, ParamSpec
 
 Span = tuple[int, int]  # elements [start, stop) of a group's buffers
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Shard:
     """What this rank steps at once, elements [start, stop) of a group's buffers: its part of a bucket, or the whole.
 
+    Or one parameter, if its gradient is not moved into a buffer.
+
     weight        the master weights, at least float32; `model` itself where that is precise enough
     model         what the model computes with, of which this rank makes these elements
-    gradient      the step's gradient, summed over micro-batches and `data` when `finish_gradients` has returned
+    gradient      the step's gradient, summed over micro-batches and `data` when `finish_gradients` has returned; where
+                  it is not moved, no elements until backward has made it
     weight_decay  what the optimizer shrinks these weights by
     """
 
@@ -51,7 +54,8 @@ class FlatGroup:
     """Parameters that are stepped and reduced alike, side by side in buffers [N] of one layout.
 
     model     what the model computes with: its parameters are views of this buffer
-    gradient  the step's gradient, of which only the shards are to be read once it is reduced
+    gradient  the step's gradient, of which only the shards are to be read once it is reduced; no elements if they are
+              the parameters, whose gradients stay where backward makes them
     shards    what this rank steps: its part of each bucket, or everything at once
     foreign   spans of parameters that another rank of `model` owns: their gradient is counted there
     partial   spans whose gradient is a partial sum, each with the axis to sum it over
@@ -68,6 +72,11 @@ class FlatGroup:
     def shares_storage(self) -> bool:
         """Whether the master weights are the model's own, so that there is nothing to round."""
         return self.shards[0].weight.dtype == self.model.dtype
+
+    @property
+    def moves_gradients(self) -> bool:
+        """Whether gradients are moved into the buffer."""
+        return self.gradient.numel() > 0
 
     def own_gradients(self) -> Iterator[Tensor]:
         """The gradients that this rank counts in the norm, shard by shard; padding, which is zero, is among them."""
@@ -88,20 +97,24 @@ class FlatGroup:
 
 
 def alike(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[Group]
-) -> list[tuple[dict[str, nn.Parameter], float]]:
-    """The parameters parted by what a flat group has in common, each part in the model's order, with its weight decay.
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[Group], *, unmoved_from: int | None = None
+) -> list[tuple[dict[str, nn.Parameter], float, bool]]:
+    """The parameters parted by what a flat group has in common, each part in the model's order.
 
-    Those that other ranks share and sum up are apart, so that all who share them have one layout.
+    With each its weight decay, and whether its gradients stay where backward makes them: those of at least
+    `unmoved_from` elements. Parameters that other ranks share and sum up are apart, so that all who share them have one
+    layout.
     """
     decay = {name: group.weight_decay for group in groups for name in group.names}
     assert decay.keys() >= parameters.keys(), f"in no group: {parameters.keys() - decay.keys()}"
-    parts: dict[tuple[object, ...], dict[str, nn.Parameter]] = {}
+    parts: dict[tuple[float, torch.dtype, str | None, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         axis = spec_of(parameter).sum_over
         shared = axis.name if axis is not None and axis.size > 1 else None
-        parts.setdefault((decay[name], parameter.dtype, shared), {})[name] = parameter
-    return [(part, decay[next(iter(part))]) for part in parts.values()]
+        size = parameter.numel()
+        unmoved = unmoved_from is not None and size >= unmoved_from and size % ALIGN == 0
+        parts.setdefault((decay[name], parameter.dtype, shared, unmoved), {})[name] = parameter
+    return [(part, key[0], key[3]) for key, part in parts.items()]
 
 
 @torch.no_grad()
@@ -112,8 +125,12 @@ def flatten(
     shards: Axis,
     bucket_bytes: int,
     accumulate_in: torch.dtype,
+    unmoved: bool = False,
 ) -> FlatGroup:
-    """Move the parameters into new buffers, each bucket cut over the ranks of `shards`."""
+    """Move the parameters into new buffers, each bucket cut over the ranks of `shards`.
+
+    Of `unmoved` gradients there is no buffer, and each parameter is a shard.
+    """
     first = next(iter(parameters.values()))
     gradient_dtype = torch.promote_types(first.dtype, accumulate_in)
     layout = lay_out(
@@ -125,13 +142,13 @@ def flatten(
     for name, view in layout.views(model).items():
         view.copy_(parameters[name])
         parameters[name].data = view
-    gradient = torch.zeros_like(model, dtype=gradient_dtype)
+    gradient = model.new_zeros(0 if unmoved else layout.size, dtype=gradient_dtype)
     foreign, partial = _spans({name: spec_of(parameter) for name, parameter in parameters.items()}, layout)
     return FlatGroup(
         layout,
         model,
         gradient,
-        _shards(layout, model, gradient, shards, weight_decay),
+        _shards(_own(layout, model, shards, unmoved=unmoved), model, gradient, weight_decay),
         foreign=foreign,
         partial=partial,
     )
@@ -142,9 +159,15 @@ def spec_of(parameter: nn.Parameter) -> ParamSpec:
     return parameter.spec  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _shards(layout: Layout, model: Tensor, gradient: Tensor, axis: Axis, weight_decay: float) -> list[Shard]:
-    """This rank's part of each bucket, or all in one where none is cut; master weights side by side in a buffer."""
-    own = [local_part(part, axis) for part in layout.cut(model)] if axis.size > 1 else [model]
+def _own(layout: Layout, model: Tensor, axis: Axis, *, unmoved: bool) -> list[Tensor]:
+    """What of the buffer this rank steps: its part of each bucket; all where none is cut; or parameter by parameter."""
+    if unmoved:
+        return [view.flatten() for view in layout.views(model).values()]
+    return [local_part(part, axis) for part in layout.cut(model)] if axis.size > 1 else [model]
+
+
+def _shards(own: list[Tensor], model: Tensor, gradient: Tensor, weight_decay: float) -> list[Shard]:
+    """A shard for each part of the buffer, their master weights side by side in another."""
     wide = torch.promote_types(model.dtype, torch.float32)
     weights = own if wide == model.dtype else torch.cat(own).to(wide).split([part.numel() for part in own])
     spans = [(part.storage_offset(), part.storage_offset() + part.numel()) for part in own]

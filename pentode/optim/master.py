@@ -45,11 +45,14 @@ class MasterWeights:
     bucket_bytes   gradient bytes from which a bucket is full and reduced on its own
     accumulate_in  dtype of the gradients, where the parameter's own is not wider
     zero_stage     1: master weights and optimizer states are cut over `data` (arXiv:1910.02054, section 5.1)
+    unmoved_from   elements from which a parameter's gradient stays where backward makes it; None: all are moved. Only
+                   where each step has one micro-batch, and `data` one rank
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
-    is None again: the step's first micro-batch writes, later ones add. A bucket whose last gradient has arrived is
-    reduced while backward goes on: all-reduced, or reduce-scattered under ZeRO-1, where the weights that other ranks
-    stepped then come back bucket by bucket while the next forward goes on.
+    is None again: the step's first micro-batch writes, later ones add. A large one to which nothing is added is not
+    moved but kept until the next step begins: that saves a copy, and room while the next forward needs it. A bucket
+    whose last gradient has arrived is reduced while backward goes on: all-reduced, or reduce-scattered under ZeRO-1,
+    where the weights that other ranks stepped then come back bucket by bucket while the next forward goes on.
 
     Masters are float32 (float64 for float64 parameters) whatever gradients are accumulated in. Nanotron without
     `accumulate_grad_in_fp32` has none and steps bfloat16 weights directly, which loses most small updates.
@@ -64,18 +67,25 @@ class MasterWeights:
         bucket_bytes: int,
         accumulate_in: torch.dtype,
         zero_stage: int = 0,
+        unmoved_from: int | None = None,
     ) -> None:
+        assert unmoved_from is None or data.size == 1, "gradients that are reduced lie in buckets"
         self.data = data
         self.sharded = zero_stage > 0 and data.size > 1
         over = data if self.sharded else Axis("data")
         self.flat = [
-            flatten(part, decay, shards=over, bucket_bytes=bucket_bytes, accumulate_in=accumulate_in)
-            for part, decay in alike(parameters, groups)
+            flatten(part, decay, shards=over, bucket_bytes=bucket_bytes, accumulate_in=accumulate_in, unmoved=unmoved)
+            for part, decay, unmoved in alike(parameters, groups, unmoved_from=unmoved_from)
         ]
+        assert all(flat.moves_gradients or not flat.partial for flat in self.flat), "partial sums lie in buckets"
         self.gradients: dict[str, Tensor] = {}
+        self._unmoved: dict[str, Shard] = {}
         buckets: list[_Bucket] = []
         for flat in self.flat:
-            self.gradients |= flat.layout.views(flat.gradient)
+            if flat.moves_gradients:
+                self.gradients |= flat.layout.views(flat.gradient)
+            else:
+                self._unmoved |= dict(zip(flat.layout.starts, flat.shards, strict=True))
             cut = zip(flat.layout.buckets, flat.layout.cut(flat.model), flat.layout.cut(flat.gradient), strict=True)
             buckets += [_Bucket(bucket.names, model, gradient) for bucket, model, gradient in cut]
         # Ranks must reduce in one order: backward's, where a bucket waits for the first of its parameters in the model.
@@ -86,8 +96,8 @@ class MasterWeights:
             for block, _ in groupby(bucket.names, key=block_of):
                 self._of_block.setdefault(block, []).append(bucket)
         self.shards, self._layouts, self._bucket_of = self._in_order()
-        self.own_gradients = [gradient for flat in self.flat for gradient in flat.own_gradients()]
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._arrivals = dict.fromkeys(parameters, 0)
         self._micro_batches = 0
         self._works: list[torch.distributed.Work] = []
@@ -100,6 +110,10 @@ class MasterWeights:
     def shares_storage(self) -> bool:
         """Whether the master weights are the model's weights, so that there is nothing to round."""
         return all(flat.shares_storage for flat in self.flat)
+
+    def own_gradients(self) -> list[Tensor]:
+        """The gradients that this rank counts in the norm, when `finish_gradients` has returned."""
+        return [gradient for flat in self.flat for gradient in flat.own_gradients()]
 
     def by_name(self, tensors: Sequence[Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
         """Tensors that lie beside the shards, one for each, cut by parameter.
@@ -117,6 +131,9 @@ class MasterWeights:
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)
         self._started = 0
+        for name, shard in self._unmoved.items():
+            shard.gradient = shard.gradient[:0]
+            self.gradients.pop(name, None)
         for bucket in self._buckets:
             bucket.missing = len(bucket.names)
 
@@ -124,7 +141,7 @@ class MasterWeights:
         """Complete the shards' gradients: zero for what got none, and the sum over all ranks for the rest."""
         for name, count in self._arrivals.items():
             if count == 0:
-                self.gradients[name].zero_()
+                self._receive_nothing(name)
         for bucket in self._buckets:
             bucket.missing = 0
         self._start_complete()
@@ -197,7 +214,6 @@ class MasterWeights:
 
     def _receiver(self, name: str, bucket: _Bucket) -> Callable[[Tensor], None]:
         """The hook that autograd calls with the parameter, once per backward, when its gradient is complete."""
-        into = self.gradients[name]
 
         def receive(parameter: Tensor) -> None:
             count = self._arrivals[name] = self._arrivals[name] + 1
@@ -206,11 +222,13 @@ class MasterWeights:
             gradient = parameter.grad
             if gradient is None:  # the hook fires for a gradient that is None, too
                 if count == 1:
-                    into.zero_()
+                    self._receive_nothing(name)
+            elif name in self._unmoved:
+                self._keep(name, gradient)
             elif count == 1:
-                into.copy_(gradient)
+                self.gradients[name].copy_(gradient)
             else:
-                into.add_(gradient)
+                self.gradients[name].add_(gradient)
             parameter.grad = None
             if count == expected:
                 bucket.missing -= 1
@@ -218,6 +236,19 @@ class MasterWeights:
                     self._start_complete()
 
         return receive
+
+    def _receive_nothing(self, name: str) -> None:
+        """Have zeros where a parameter got no gradient."""
+        if name in self._unmoved:
+            self._keep(name, torch.zeros_like(self._unmoved[name].model).view(self._shapes[name]))
+        else:
+            self.gradients[name].zero_()
+
+    def _keep(self, name: str, gradient: Tensor) -> None:
+        """Let a parameter's gradient be this tensor."""
+        assert self._micro_batches == 1, f"{name}: its gradient is not moved, so it cannot be added to another"
+        self.gradients[name] = gradient
+        self._unmoved[name].gradient = gradient.contiguous().view(-1)
 
     def _start_complete(self) -> None:
         """Start to reduce the buckets that are complete, but none before its turn."""

@@ -98,7 +98,9 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, (grad_weight * grad).to(ctx.dtype), None, None, None
+        scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)
+        torch.mul(grad_weight, grad, out=scaled)  # rounded as it is written: one pass
+        return grad_x * grad, scaled, None, None, None
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:

@@ -31,6 +31,7 @@ from pentode.run.feed import Feed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 MIB = 2**20
+UNMOVED_FROM = 1 << 22  # elements: to copy the gradient of a smaller parameter costs less than to step it by itself
 
 
 @dataclass
@@ -106,6 +107,7 @@ def assemble(
         bucket_bytes=config.model.ddp_bucket_cap_mb * MIB,
         accumulate_in=wide,
         zero_stage=o.zero_stage,
+        unmoved_from=None if config.adds_gradients else UNMOVED_FROM,
     )
     for stage in stages.values():
         stage.before_use = master.wait_for

@@ -350,3 +350,35 @@ def test_a_layout_is_aligned_whole_and_divisible(
         view += 1
     assert buffer.max() == 1  # nothing overlaps
     assert buffer.sum() == elements
+
+
+def test_a_gradient_that_is_not_moved_is_given_up_when_the_next_step_begins() -> None:
+    model = nn.ParameterDict(
+        {"large": weight(4, ALIGN, dtype=torch.bfloat16), "small": weight(4, dtype=torch.bfloat16)}
+    )
+    groups = [Group(("large", "small"), 0.1)]
+    master = MasterWeights(
+        model,
+        groups=groups,
+        data=Axis("data"),
+        bucket_bytes=MIB,
+        accumulate_in=torch.bfloat16,
+        unmoved_from=4 * ALIGN,
+    )
+    sizes = {flat.layout.size: flat.gradient.numel() for flat in master.flat}
+    assert sizes == {4 * ALIGN: 0, ALIGN: ALIGN}
+    for factor in (2.0, 3.0):
+        master.start_step(1)
+        assert "large" not in master.gradients
+        (model["large"] * factor).sum().backward()
+        assert model["large"].grad is None
+        master.finish_gradients()
+        assert torch.equal(master.gradients["large"], torch.full((4, ALIGN), factor).bfloat16())
+        assert torch.equal(master.gradients["small"], torch.zeros(4).bfloat16())
+        assert sorted(gradient.numel() for gradient in master.own_gradients()) == [ALIGN, 4 * ALIGN]
+    master.start_step(1)
+    master.finish_gradients()
+    assert torch.equal(master.gradients["large"], torch.zeros(4, ALIGN).bfloat16())
+    master.start_step(2)
+    with pytest.raises(AssertionError, match="large: its gradient is not moved"):
+        model["large"].sum().backward()

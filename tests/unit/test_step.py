@@ -8,6 +8,7 @@ import torch
 
 from pentode.dist.mesh import Mesh
 from pentode.parallel.batch import IGNORE, Batch
+from pentode.run import build
 from pentode.run.build import Run, build_stages, initial_weights
 from pentode.train.evaluate import validation_loss
 from pentode.train.step import train_step, valid_tokens
@@ -115,6 +116,22 @@ def test_bfloat16_weights_follow_their_float32_masters(tmp_path: Path) -> None:
         assert parameter.dtype == torch.bfloat16
         assert weights(run.master)[name].dtype == torch.float32
         assert torch.equal(parameter, weights(run.master)[name].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_gradients_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    found = []
+    for unmoved_from in (build.UNMOVED_FROM, 1):
+        monkeypatch.setattr(build, "UNMOVED_FROM", unmoved_from)
+        run = tiny_run(
+            tmp_path, model__dtype=dtype, tokens__batch_accumulation_per_replica=1, optimizer__clip_grad=None
+        )
+        losses = [train_step(run, step_batches(run, step), learning_rate=1e-2).loss for step in (1, 2, 3)]
+        found.append(weights(run.master) | {"losses": torch.stack(losses)})
+        whole = sum(flat.layout.size for flat in run.master.flat)
+        assert (sum(flat.gradient.numel() for flat in run.master.flat) == whole) == (unmoved_from > 1)
+    moved, kept = found
+    assert all(torch.equal(moved[name], kept[name]) for name in moved.keys() | kept.keys())
 
 
 def test_validation_changes_nothing_and_has_no_dropout(tmp_path: Path) -> None:
