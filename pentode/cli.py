@@ -203,11 +203,12 @@ def convert(
     target: Annotated[Path, typer.Argument(help="the folder to write, which must not be there")],
     to: Annotated[str | None, typer.Option(help="hf or pentode; else what SOURCE is not")] = None,
     dtype: Annotated[str | None, typer.Option(help="round the weights to float32, float64 or bfloat16")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="cut a Hugging Face folder's weights into files of this")] = "5GB",
 ) -> None:
     """Make a Hugging Face folder of a checkpoint, or a checkpoint of a Hugging Face folder."""
     from pentode.convert.command import convert as converted
 
-    for line in converted(source, target, to=to, dtype=dtype):
+    for line in converted(source, target, to=to, dtype=dtype, max_shard_size=max_shard_size):
         typer.echo(line)
 
 

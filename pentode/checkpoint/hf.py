@@ -1,76 +1,93 @@
-"""Hugging Face's weights to ours and back, bit for bit, by a model's table of names. All tensors are global ones."""
+"""A Hugging Face folder, read: the shape that config.json tells, and where in its safetensors each weight lies."""
 
-import re
-from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from pentode.errors import CheckpointError
-from pentode.nn.hf_rules import HFNames
-from pentode.parallel.spec import ParamSpec
+from pentode.checkpoint.folder import reason
+from pentode.checkpoint.manifest import parse_json
+from pentode.checkpoint.names import our_tensors
+from pentode.checkpoint.stored import InFile, Weights
+from pentode.checkpoint.tensor_file import open_tensor_file
+from pentode.config.kinds.shape import Shape
+from pentode.config.schema import ModelConfig
+from pentode.config.section import marker, members
+from pentode.errors import CheckpointError, ConfigError
+from pentode.nn.names import NameTable
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # names the file of each tensor, where there are several files
+PICKLED = "pytorch_model*.bin"
 
 
-def from_hf(names: HFNames, theirs: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """Our tensors from theirs, of a whole model or its bare trunk; some files of tied models repeat the head.
+def is_hf_folder(folder: Path) -> bool:
+    """Whether the folder has what a model of Hugging Face's has, or had before safetensors."""
+    return (folder / CONFIG).is_file() and (_has_weights(folder) or any(folder.glob(PICKLED)))
 
-    Raises CheckpointError for a tensor that no rule reads, and for an output layer that should be tied and is not.
-    """
-    unread = {_full_name(name, names): tensor for name, tensor in theirs.items()}
-    unread = {name: tensor for name, tensor in unread.items() if not _ignored(name, names)}
-    head, embedding = names.tied
-    if tied and head in unread and embedding in unread and not torch.equal(unread.pop(head), unread[embedding]):
-        raise CheckpointError(
-            f"Hugging Face weights: {head} differs from {embedding}; tie_word_embeddings should be false"
-        )
-    ours: dict[str, Tensor] = {}
-    for rule in names.rules:
-        for numbers in _numbers(rule.theirs[0], unread):
-            wanted = [pattern.format(*numbers) for pattern in rule.theirs]
-            missing = [name for name in wanted if name not in unread]
-            if missing:
-                raise CheckpointError(f"Hugging Face weights: {missing[0]} is not there, but {wanted[0]} is")
-            parts = [unread.pop(name) for name in wanted]
-            try:
-                joined = torch.cat([part.T if rule.transposed else part for part in parts])
-            except RuntimeError as error:
-                shapes = ", ".join(str(list(part.shape)) for part in parts)
+
+def hf_shape(folder: Path) -> Shape:
+    """The shape that config.json describes; ConfigError for a model that is not built here."""
+    found = read_json(folder / CONFIG)
+    kinds: dict[str, Any] = {marker(kind)[1]: kind for kind in members(ModelConfig)}
+    name = found.get("model_type")
+    if name not in kinds:
+        raise ConfigError([f"{folder / CONFIG}: model_type: {name!r} is not built yet; {' or '.join(kinds)} is"])
+    try:
+        shape: Shape = kinds[name].from_hf(found)
+        sizes = shape.parameter_count(), shape.head_dim
+    except ConfigError as error:
+        raise ConfigError([f"{folder}: {problem}" for problem in error.problems]) from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError([f"{folder / CONFIG}: its numbers are not those of a model ({error})"]) from error
+    if min(sizes) < 1:
+        raise ConfigError([f"{folder / CONFIG}: its numbers are not those of a model"])
+    return shape
+
+
+def hf_weights(folder: Path, names: NameTable, *, tied: bool) -> Weights:
+    """The weights in the folder, by our names; no more than headers is read. Raises CheckpointError."""
+    tensors = our_tensors(names, _tensors(folder), tied=tied, where=str(folder))
+    for tensor in tensors.values():
+        for box in tensor.boxes:
+            dtype = box.tensor.dtype
+            if not dtype.is_floating_point or dtype.itemsize < torch.bfloat16.itemsize:
                 raise CheckpointError(
-                    f"Hugging Face weights: {', '.join(wanted)} are {shapes}, which fit no layer"
-                ) from error
-            ours[rule.ours.format(*numbers)] = joined.contiguous()
-    if unread:
-        raise CheckpointError(f"Hugging Face weights: {min(unread)} has no place in this model ({len(unread)} such)")
-    return ours
+                    f"{box.tensor.path}: it holds weights of {str(dtype).removeprefix('torch.')}; quantized weights "
+                    "are not read"
+                )
+    return Weights(str(folder), CONFIG, tensors)
 
 
-def to_hf(names: HFNames, ours: Mapping[str, Tensor], *, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
-    """Their tensors from ours; the specs say of which pieces a fused tensor is made."""
-    unwritten = dict(ours)
-    theirs: dict[str, Tensor] = {}
-    for rule in names.rules:
-        for numbers in _numbers(rule.ours, unwritten):
-            name = rule.ours.format(*numbers)
-            tensor, cut = unwritten.pop(name), specs[name].cut
-            parts = tensor.split(cut.pieces) if len(rule.theirs) > 1 and cut is not None else (tensor,)
-            for pattern, part in zip(rule.theirs, parts, strict=True):
-                theirs[pattern.format(*numbers)] = (part.T if rule.transposed else part).contiguous()
-    if unwritten:
-        raise CheckpointError(f"Hugging Face has no name for {min(unwritten)} ({len(unwritten)} such)")
-    return theirs
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that somebody else wrote; CheckpointError where it is none."""
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}); fetch it again") from error
 
 
-def _full_name(name: str, names: HFNames) -> str:
-    """The name in a whole model's file, from either kind of file."""
-    return name if name.startswith(names.prefix) or name == names.tied[0] else names.prefix + name
+def _tensors(folder: Path) -> dict[str, InFile]:
+    """All tensors by Hugging Face's names, from one file or as the index says."""
+    if not _has_weights(folder):
+        raise CheckpointError(f"{folder}: its weights are pickled, which is never read; save them as safetensors")
+    if not (folder / INDEX).exists():
+        return dict(open_tensor_file(folder / WEIGHTS).tensors)
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{folder / INDEX}: its weight_map does not name a file for each tensor")
+    found: dict[str, InFile] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{folder / INDEX}: it names {file!r}, which is not in the folder")
+        tensors = open_tensor_file(folder / file).tensors
+        missing = sorted(name for name, place in places.items() if place == file and name not in tensors)
+        if missing:
+            raise CheckpointError(f"{folder / file}: {missing[0]} is not there, but {INDEX} says so")
+        found |= {name: tensor for name, tensor in tensors.items() if places.get(name, file) == file}
+    return found
 
 
-def _ignored(name: str, names: HFNames) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in names.ignored)
-
-
-def _numbers(pattern: str, tensors: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """What stands for `{}` in each name that fits the pattern."""
-    regex = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
-    matches = [regex.fullmatch(name) for name in tensors]
-    return iter([match.groups() for match in matches if match])
+def _has_weights(folder: Path) -> bool:
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()

@@ -132,9 +132,9 @@ def file_names(held: Sequence[Mapping[str, bool]], rank: int) -> dict[str, str]:
     return found
 
 
-def write_tensors(path: Path, group: Mapping[str, Saved], *, metadata: Mapping[str, str] | None = None) -> FileFacts:
+def write_tensors(path: Path, group: Mapping[str, Saved]) -> FileFacts:
     """Write a safetensors file of all boxes of `group`, one tensor on the host at a time; see `layout.header`."""
-    head = header([entry for entry, _ in entries(group)], metadata=metadata)
+    head = header([entry for entry, _ in entries(group)])
 
     def pieces() -> Iterator[bytes | memoryview]:
         yield head

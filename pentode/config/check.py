@@ -6,6 +6,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from pentode.config.kinds.gpt2 import GPT2Config
+from pentode.config.kinds.init import ExistingCheckpointInit
 from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.kinds.shape import Shape
 from pentode.config.part import Absent, Unknown, part_of
@@ -23,7 +24,7 @@ NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallelism.context_parallel_size": ((1,), "context parallelism"),
     "parallelism.expert_parallel_size": ((1,), "expert parallelism"),
     "optimizer.zero_stage": ((0, 1), "sharding gradients and weights (ZeRO-2 and 3)"),
-    "model.init_method": (("RandomInit",), "this way to get the first weights"),
+    "model.init_method": (("RandomInit", "ExistingCheckpointInit"), "this way to get the first weights"),
     "model.init_method.scaling_method": (("NUM_LAYERS", "NONE"), "this scaling"),
     "checkpoints.checkpointing_engine": (("torch",), "the datastates engine"),
     "checkpoints.datastates": ((None,), "the datastates engine"),
@@ -323,6 +324,12 @@ def _local_folders(c: Config) -> Found:
         path = getattr(c.checkpoints, key)
         if path is not None and str(path).startswith("s3:"):
             yield f"checkpoints.{key}", f"{shown(str(path))}: S3 is not built yet; use a local folder"
+    method = c.model.init_method
+    if isinstance(method, ExistingCheckpointInit) and str(method.path).startswith("s3:"):
+        yield (
+            "model.init_method.path",
+            f"{shown(str(method.path))}: weights are read from local folders; copy it to one",
+        )
 
 
 RULES: tuple[Callable[[Config], Found], ...] = (

@@ -14,7 +14,7 @@ from pentode.nn.attention import Attention
 from pentode.nn.cache import LayerCache
 from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.dropout import Dropout
-from pentode.nn.hf_rules import HFNames, rule
+from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import LayerNorm
 from pentode.nn.shared import Shared
 from pentode.ops.activation import ACTIVATIONS
@@ -139,7 +139,7 @@ _BLOCK_TENSORS = {  # ours -> theirs
     "mlp.down": "mlp.c_proj",
 }
 
-HF_NAMES = HFNames(
+HF_NAMES = NameTable(
     rules=(
         rule("embed.weight", "transformer.wte.weight"),
         rule("positions.weight", "transformer.wpe.weight"),

@@ -12,7 +12,7 @@ from pentode.dist.mesh import Mesh
 from pentode.nn.attention import Attention
 from pentode.nn.cache import LayerCache
 from pentode.nn.causal_lm import CausalLM, Ends, Part
-from pentode.nn.hf_rules import HFNames, rule
+from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
 from pentode.ops.activation import ACTIVATIONS
@@ -126,7 +126,7 @@ def rotary_frequencies(c: LlamaConfig, dtype: torch.dtype) -> Tensor:
     )
 
 
-HF_NAMES = HFNames(
+HF_NAMES = NameTable(
     rules=(
         rule("embed.weight", "model.embed_tokens.weight"),
         rule("layers.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight"),

@@ -9,12 +9,13 @@ import torch
 
 from pentode import device as devices
 from pentode import log
-from pentode.config.kinds.init import RandomInit
+from pentode.config.kinds.init import ExistingCheckpointInit, RandomInit
 from pentode.config.schema import Config
 from pentode.dist.collectives import gather_objects
 from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
 from pentode.dist.p2p import connect
+from pentode.dist.together import together
 from pentode.errors import ConfigError
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
@@ -27,6 +28,7 @@ from pentode.parallel.pipeline.runner import Pipeline
 from pentode.parallel.pipeline.schedules import make_schedule
 from pentode.parallel.spec import specs_of
 from pentode.run import compiled
+from pentode.run.existing import Existing, source_of, stretches, weights_for
 from pentode.run.feed import Feed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -171,18 +173,39 @@ def names_of_model(stages: Mapping[int, CausalLM], mesh: Mesh) -> list[str]:
 
 
 def initialise_weights(run: Run) -> None:
-    """Fill the weights with the config's random numbers, the same in every layout."""
-    log.info("Parametrizing model parameters using StandardParametrizator")
-    for stage in run.stages.values():
-        for name, values in initial_weights(run.config, stage):
-            run.master.set(name, values)
+    """Give the run its first weights, the same in every layout: random numbers, or those of a folder."""
+    method = run.config.model.init_method
+    path = method.path if isinstance(method, ExistingCheckpointInit) else None
+    log.info(
+        "Parametrizing model parameters using StandardParametrizator"
+        if path is None
+        else f"Loading weights from {path}"
+    )
+
+    def fill() -> list[str]:
+        source = None if path is None else source_of(run.config, path)
+        for stage in run.stages.values():
+            for name, values in initial_weights(run.config, stage, source):
+                run.master.set(name, values)
+        return [] if source is None else stretches(run.config.model.model_config, source.shape, said_by=source.said_by)
+
+    for line in together(fill, run.mesh.world):
+        log.warning(line)
 
 
-def initial_weights(config: Config, model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that a run of this config begins with, in at least float32, one at a time with its name."""
+def initial_weights(
+    config: Config, model: CausalLM, source: Existing | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a run of this config begins with, in at least float32, one at a time with its name.
+
+    source  the folder that the config names, if it is open already
+    """
     method = config.model.init_method
+    if isinstance(method, ExistingCheckpointInit):
+        yield from weights_for(model, source or source_of(config, method.path))
+        return
     if not isinstance(method, RandomInit):
-        raise ConfigError([f"model.init_method: {type(method).__name__} is not built yet; use std"])
+        raise ConfigError([f"model.init_method: {type(method).__name__} is not built yet; use std, or path"])
     layers = config.model.model_config.num_layers
     residual = method.std / math.sqrt(2 * layers) if method.scaling_method == "NUM_LAYERS" else method.std
     specs, seed = specs_of(model), config.general.seed

@@ -10,7 +10,7 @@ import torch
 from pentode import log
 from pentode.checkpoint.folder import Checkpoint
 from pentode.checkpoint.layout import Saved, share_of
-from pentode.checkpoint.load import global_shapes, read_tensors
+from pentode.checkpoint.load import MASTER, global_shapes, read_tensors
 from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
 from pentode.dist.together import together
@@ -19,8 +19,6 @@ from pentode.parallel.shards import pieces_of_range
 from pentode.parallel.spec import specs_of
 from pentode.run.build import Run, names_of_model
 from pentode.version import VERSION
-
-MASTER = "master/"  # what the names of master weights begin with in the optimizer's group
 
 
 @dataclass

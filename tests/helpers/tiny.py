@@ -98,6 +98,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(run: Path, step: int) -> bytes:
+def weights(run: Path, step: int | str) -> bytes:
     """The bytes of a checkpoint's weights."""
     return b"".join(path.read_bytes() for path in sorted((run / str(step)).glob("weights-*.safetensors")))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
 from pentode.checkpoint.folder import open_checkpoint
-from pentode.checkpoint.hf import from_hf
 from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import read_tensors
+from pentode.checkpoint.names import their_tensors
 from pentode.cli import run_command
 from pentode.config.kinds.gpt2 import GPT2Config
 from pentode.config.kinds.llama import LlamaConfig, RopeScaling
@@ -30,6 +33,8 @@ from pentode.generate.sampling import Sampling
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
 from pentode.parallel.batch import batch_of
+from pentode.run.existing import specs_of_shape
+from tests.helpers.hf import from_hf
 from tests.helpers.tiny import tiny_yaml, weights
 
 VOCABULARY = 61
@@ -138,6 +143,61 @@ def test_what_transformers_saved_comes_here_and_goes_back_bit_for_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "ours"]
 
 
+def test_a_large_model_is_written_in_files_that_an_index_names(tmp_path: Path) -> None:
+    shape = SHAPES["llama, untied"]
+    theirs = reference(shape)
+    theirs.save_pretrained(tmp_path / "hf")
+    list(convert(tmp_path / "hf", tmp_path / "ours"))
+    list(convert(tmp_path / "ours", tmp_path / "back", max_shard_size="10KB"))
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == [path.name for path in files]
+    assert index["metadata"]["total_size"] == 4 * shape.parameter_count()
+    for path in files:
+        tensors = load_file(path)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 10_000
+        assert {index["weight_map"][name] for name in tensors} == {path.name}
+    back = loaded(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
+    list(convert(tmp_path / "back", tmp_path / "again"))
+    assert weights(tmp_path, "again") == weights(tmp_path, "ours")
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from pentode.convert.command import convert
+
+def kib(what):
+    return int(re.search(what + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+source, *targets = map(Path, sys.argv[1:])
+for target in targets:
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    before = kib("VmRSS")
+    list(convert(source, target))
+    print(kib("VmHWM") - before)
+    source = target
+"""
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}
+    shape = LlamaConfig(**sizes, vocab_size=512)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    tensors = {t.name: torch.ones(t.shape) for t in their_tensors(model_for(shape).HF_NAMES, specs_of_shape(shape))}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(shape.to_hf()))
+    model, largest = 4 * shape.parameter_count(), 4 * 2 * 768 * 1536
+    command = [sys.executable, "-c", MEASURED, *map(str, (folder, tmp_path / "ours", tmp_path / "back"))]
+    grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(grown) == 2
+    for kib in map(int, grown):
+        assert 1024 * kib < 4 * largest < model / 4
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with a padded vocabulary, and its checkpoints 4 and 8."""
@@ -227,6 +287,7 @@ def test_what_cannot_be_is_told_in_a_line(saved: Path, tmp_path: Path, capsys: p
     assert "nothing is to be done" in refused(saved, target, 64, capsys, "--to", "hf")
     assert "--to gguf: is unknown" in refused(saved, target, 64, capsys, "--to", "gguf")
     assert "--dtype int8: is unknown" in refused(saved, target, 64, capsys, "--dtype", "int8")
+    assert "--max-shard-size 5: is no size" in refused(saved, target, 64, capsys, "--max-shard-size", "5")
     assert "would be that step's" in refused(saved, tmp_path / "7", 64, capsys)
     assert "neither a checkpoint" in refused(tmp_path / "none", target, 66, capsys)
     target.mkdir()

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pentode.checkpoint.hf import from_hf
 from pentode.config.kinds.gpt2 import GPT2Config
 from pentode.config.kinds.llama import LlamaConfig, RopeScaling
 from pentode.dist.mesh import Mesh
@@ -17,6 +16,7 @@ from pentode.generate.engine import generate
 from pentode.generate.sampling import Sampling, filtered
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
+from tests.helpers.hf import from_hf
 
 VOCABULARY = 61
 POSITIONS = 64

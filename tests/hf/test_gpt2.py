@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 
-from pentode.checkpoint.hf import from_hf, to_hf
 from pentode.config.kinds.gpt2 import GPT2Config
 from pentode.dist.mesh import Mesh
 from pentode.models import gpt2
@@ -12,6 +11,7 @@ from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
 from pentode.parallel.batch import Batch, batch_of
 from pentode.parallel.spec import specs_of
+from tests.helpers.hf import from_hf, to_hf
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 61}
 SHAPES = {

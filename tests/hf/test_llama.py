@@ -5,7 +5,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from pentode.checkpoint.hf import from_hf, to_hf
 from pentode.config.kinds.llama import LlamaConfig, RopeScaling
 from pentode.dist.mesh import Mesh
 from pentode.errors import CheckpointError
@@ -13,6 +12,7 @@ from pentode.models import llama
 from pentode.nn.causal_lm import CausalLM, Part
 from pentode.parallel.batch import Batch, batch_of
 from pentode.parallel.spec import specs_of
+from tests.helpers.hf import from_hf, to_hf
 
 TINY = {
     "hidden_size": 32,

@@ -35,7 +35,9 @@ class SpectralMupInit:
 
 @section
 class ExistingCheckpointInit:
-    """The weights of a checkpoint, without its optimizer or step."""
+    """Weights that exist already, without an optimizer's state or a step."""
 
     type: Literal["checkpoint"] = Field("checkpoint", repr=False, description=KIND)
-    path: Annotated[Path, Field(strict=False)] = Field(description="a checkpoint's folder")
+    path: Annotated[Path, Field(strict=False)] = Field(
+        description="a Hugging Face folder, a checkpoint's, or a run's (its newest checkpoint)"
+    )

@@ -1,4 +1,4 @@
-"""The vocabulary in which a model file says how Hugging Face names its weights; `checkpoint/hf.py` reads both ways."""
+"""The vocabulary in which a model file says how other libraries name its weights; `checkpoint/names.py` uses it."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class HFNames:
+class NameTable:
     """All of a model's rules.
 
     prefix   what the names of a whole model begin with, and those of its bare trunk do not

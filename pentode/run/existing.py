@@ -1,0 +1,160 @@
+"""Weights that exist already: recognised by their folder, described, and any part of them read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pentode.checkpoint.folder import Checkpoint, find_checkpoint, steps
+from pentode.checkpoint.hf import CONFIG, hf_shape, hf_weights, is_hf_folder
+from pentode.checkpoint.layout import Saved
+from pentode.checkpoint.load import weights_of
+from pentode.checkpoint.manifest import MANIFEST
+from pentode.checkpoint.stored import Weights
+from pentode.config.check import problems
+from pentode.config.kinds.shape import Shape
+from pentode.config.load import load_config
+from pentode.config.schema import Config
+from pentode.dist.mesh import Mesh
+from pentode.errors import CheckpointError, ConfigError
+from pentode.models.registry import model_for
+from pentode.nn.causal_lm import CausalLM, Part
+from pentode.parallel.spec import ParamSpec, specs_of
+from pentode.run.bare_config import config_of
+
+Kind = Literal["pentode", "hf"]
+PENTODE: Kind = "pentode"
+HF: Kind = "hf"
+
+# Fields of a shape that weights do not hang on: they say how to train, or what to write into exported models.
+FREE = {"bos_token_id", "eos_token_id", "pad_token_id", "z_loss_enabled", "z_loss_coefficient"}
+FREE |= {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
+STRETCHED = {"rope_theta", "rope_scaling", "max_position_embeddings"}  # changed on purpose where texts become longer
+ALIKE = {"gelu_pytorch_tanh": "gelu_new"}
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The weights of a model in a folder.
+
+    shape       of the model, as the folder says it
+    said_by     the file that says so
+    weights     where they lie; headers alone were read so far
+    checkpoint  that they are of, where they are Pentode's
+    """
+
+    kind: Kind
+    shape: Shape
+    said_by: Path
+    weights: Weights
+    checkpoint: Checkpoint | None = None
+
+
+def kind_of(path: Path) -> Kind:
+    """What a folder is; CheckpointError where it holds no model."""
+    if (path / MANIFEST).exists() or steps(path):
+        return PENTODE
+    if is_hf_folder(path):
+        return HF
+    raise CheckpointError(
+        f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face folder with config.json and "
+        "model.safetensors; give one of them"
+    )
+
+
+def open_existing(path: Path, *, masters: bool = False) -> Existing:
+    """Find the weights in a folder: a checkpoint's, a run's (its newest), or a Hugging Face model's.
+
+    masters   of a checkpoint, take the masters that its weights were rounded from
+
+    Raises CheckpointError or ConfigError, a line, where they are not there whole or are those of a model not built.
+    """
+    if kind_of(path) == PENTODE:
+        checkpoint = find_checkpoint(path)
+        checkpoint.file("config.yaml")  # proves its checksum
+        said_by = checkpoint.folder / "config.yaml"
+        shape, weights = load_config(said_by).model.model_config, weights_of(checkpoint, masters=masters)
+        existing = Existing(PENTODE, shape, said_by, weights, checkpoint)
+    else:
+        shape = _possible(hf_shape(path), path)
+        weights = hf_weights(path, model_for(shape).HF_NAMES, tied=shape.tied)
+        existing = Existing(HF, shape, path / CONFIG, weights)
+    existing.weights.compare(specs_of_shape(shape))
+    return existing
+
+
+def source_of(config: Config, path: Path) -> Existing:
+    """The existing weights that a run of this config begins with; ConfigError where their model has another shape."""
+    existing = open_existing(path, masters=True)
+    found = contradictions(config.model.model_config, existing.shape, said_by=existing.said_by)
+    if found:
+        raise ConfigError(found)
+    return existing
+
+
+def weights_for(model: CausalLM, existing: Existing) -> Iterator[tuple[str, Tensor]]:
+    """The part of existing weights that a model's stage holds, one at a time with its name, in at least float32.
+
+    Each is read alone, and no more of it than the stage holds. Padding is zero.
+    """
+    specs = specs_of(model)
+    for name, parameter in model.named_parameters():
+        values = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        existing.weights.read(name, Saved.of(values, specs[name].global_shape, specs[name].boxes()))
+        yield name, values
+
+
+def contradictions(ours: Shape, theirs: Shape, *, said_by: Path) -> list[str]:
+    """What of a config's shape is not so in the folder that its weights come from, a line each."""
+    where = "model.model_config"
+    if type(ours) is not type(theirs):
+        return [f"{where}.type: {_word(ours, 'type')}, but {said_by} describes a {_word(theirs, 'type')}"]
+    names = [field.name for field in fields(ours) if field.name not in FREE | STRETCHED]  # pyright: ignore[reportArgumentType]
+    return [
+        f"{where}.{name}: {_word(ours, name)}, but {said_by} says {_word(theirs, name)}; make them the same"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name) and _word(ours, name) != _word(theirs, name)
+    ]
+
+
+def stretches(ours: Shape, theirs: Shape, *, said_by: Path) -> list[str]:
+    """What a config changes of the positions that existing weights were trained on, a line each."""
+    names = [field.name for field in fields(ours) if field.name in STRETCHED]  # pyright: ignore[reportArgumentType]
+    return [
+        f"model.model_config.{name}: {getattr(ours, name)}, where {said_by} says {getattr(theirs, name)}"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+
+
+def specs_of_shape(shape: Shape) -> dict[str, ParamSpec]:
+    """What the parameters of a model of this shape are, in one process; no memory is taken for them."""
+    whole = Part.whole(shape.num_layers)
+    model = model_for(shape).build(
+        shape,
+        Mesh.single(),
+        whole,
+        device=torch.device("meta"),
+        dtype=torch.float32,
+        vocab_size_padded=shape.vocab_size,
+    )
+    return specs_of(model)
+
+
+def _possible(shape: Shape, path: Path) -> Shape:
+    """A shape that a folder names, if a model can have it; else ConfigError."""
+    found = problems(config_of(shape, torch.float32), world_size=1)
+    if found:
+        raise ConfigError([f"{path}: {problem}" for problem in found])
+    return shape
+
+
+def _word(shape: Shape, name: str) -> object:
+    """A field's value, in one form where several mean the same."""
+    value = getattr(shape, name)
+    if value is None:
+        value = {shape.KV_HEADS: shape.kv_heads, "n_inner": shape.ffn_width}.get(name)
+    return ALIKE.get(value, value) if isinstance(value, str) else value
