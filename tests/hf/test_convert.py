@@ -195,7 +195,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert len(grown) == 2
     for kib in map(int, grown):
-        assert 1024 * kib < 4 * largest < model / 4
+        assert 1024 * kib < 8 * largest < model / 3  # a few of the largest, and what is imported by then
 
 
 @pytest.fixture(scope="module")
