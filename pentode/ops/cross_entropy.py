@@ -12,15 +12,17 @@ from torch import Tensor
 
 
 class Passes(NamedTuple):
-    """The two passes over logits [n, V], both in at least float32 whatever the dtype of the logits.
+    """The passes over logits [n, V], in at least float32 whatever their dtype, and over products of one shape.
 
     statistics  (logits, held) -> of each row the maximum, and the sum of exponentials below it.  # 2 x [n]
     gradient_   (logits, held, log_total, factor, hot, row): in place, logits become exp(logits - log_total) * factor,
                 less `hot` in the column `row`; log_total, factor, hot [n] and row [n] int64
+    total       (products, scale, dtype) -> the sum of a list of them in at least float32, times `scale` (0-d), in dtype
     """
 
     statistics: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     gradient_: Callable[[Tensor, int, Tensor, Tensor, Tensor, Tensor], None]
+    total: Callable[[list[Tensor], Tensor, torch.dtype], Tensor]
 
 
 def _statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +57,17 @@ def _gradient_to_compile_(
     logits.copy_(torch.where(column < held, grad, 0))
 
 
+def _total(products: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    first, *others = products
+    total = _wide(first)
+    for product in others:
+        total = total + _wide(product)
+    return (total * scale).to(dtype)
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-PLAIN = Passes(_statistics, _gradient_)
-TO_COMPILE = Passes(_statistics_to_compile, _gradient_to_compile_)
+PLAIN = Passes(_statistics, _gradient_, _total)
+TO_COMPILE = Passes(_statistics_to_compile, _gradient_to_compile_, _total)

@@ -17,8 +17,9 @@ from pentode.ops.cross_entropy import PLAIN, Passes
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
-# pass over the float32 gradient of the weight, so few large ones are faster (docs/performance.md).
+# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md).
 SLICE_BYTES = 2 << 30
+MOST_PRODUCTS = 5  # of slices, kept in their dtype until they are added up in one pass
 
 
 class Vocab(NamedTuple):
@@ -78,29 +79,26 @@ class _VocabLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
         losses, grad_x = [], torch.empty_like(x)
-        grad_weight: Tensor | None = None
+        products: list[Tensor] = []  # whose sum is the weight's gradient
         for rows in _slices(x.shape[0], weight.shape[0] * x.itemsize):
             logits = x[rows] @ weight.T
             losses.append(_slice_loss(logits, labels[rows], vocab, z_loss, differentiate=True))
             grad = logits
             torch.mm(grad, weight, out=grad_x[rows])
-            product = grad.T @ x[rows]
-            grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
-            del logits, grad, product  # before the next slice's are made
-        assert grad_weight is not None, "no tokens, so no slice"
-        loss = torch.stack(losses).sum()
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype = weight.dtype
-        return loss
+            products.append(grad.T @ x[rows])
+            del logits, grad  # before the next slice's are made
+            if len(products) == MOST_PRODUCTS:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                products = [vocab.passes.total(products, torch.ones_like(losses[0]), wide)]
+        ctx.save_for_backward(grad_x, *products)
+        ctx.passes = vocab.passes
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)
-        torch.mul(grad_weight, grad, out=scaled)  # rounded as it is written: one pass
-        return grad_x * grad, scaled, None, None, None
+        grad_x, *products = ctx.saved_tensors
+        return grad_x * grad, ctx.passes.total(products, grad, grad_x.dtype), None, None, None
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:

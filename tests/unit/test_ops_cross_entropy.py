@@ -87,3 +87,18 @@ def test_compiled_passes_are_the_plain_ones(dtype: torch.dtype) -> None:
     compiled = Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE))
     for n, rows, held in ((6, 32, 32), (6, 32, 23), (9, 32, 23)):
         check(compiled, n=n, rows=rows, held=held, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_are_added_up_in_float32_and_rounded_once(dtype: torch.dtype, compiled: bool) -> None:
+    total = torch.compile(TO_COMPILE.total, fullgraph=True) if compiled else PLAIN.total
+    wide = torch.promote_types(dtype, torch.float32)
+    products = [torch.randn(7, 5).to(dtype) for _ in range(3)]
+    scale = torch.tensor(0.3, dtype=wide)
+    want = (torch.stack(products).to(wide).sum(dim=0) * scale).to(dtype)
+    got = total(products, scale, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got, want, rtol=0 if dtype == torch.bfloat16 else None, atol=0 if dtype == torch.bfloat16 else None
+    )
