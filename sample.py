@@ -27,7 +27,7 @@ def arguments() -> list[str]:
     if asked.num_samples < 1:
         parser.error(f"--num_samples {asked.num_samples}: give 1 or more")
     try:
-        folder = asked.checkpoint_dir or str(load_config(asked.config).checkpoints.checkpoints_path)
+        folder = asked.checkpoint_dir or str(load_config(asked.config).checkpoints.folder)
     except ConfigError as error:
         parser.error("\n".join(error.problems))
     options = [

@@ -79,7 +79,7 @@ class SanityError(PentodeError, RuntimeError):
 
 
 class StorageError(PentodeError, RuntimeError):
-    """The file system refused: full, over quota, read-only, or broken."""
+    """The file system refused: full, over quota, read-only, or broken; or the object store."""
 
     exit_code = DISK
 

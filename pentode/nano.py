@@ -212,12 +212,14 @@ class Trainer:
         """
         config = self.config.full()
         found = [*self._differences(), *self._misfits("train_dataset", train_dataset)]
+        if isinstance(config.checkpoints.checkpoints_path, str):
+            found.append(f"checkpoint_dir: {self.config.checkpoint_dir!r} is for `pentode train`; use a local folder")
         if val_dataset is not None:
             found += self._misfits("val_dataset", val_dataset)
         if found:
             raise ConfigError(found)
         log.setup(level="error")
-        root = config.checkpoints.checkpoints_path
+        root = config.checkpoints.folder
         data = _stage_data(train_dataset, val_dataset)
         with locked(root) if self.config.save_checkpoint else nullcontext():
             self._train_in(root, config, data)

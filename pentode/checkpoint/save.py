@@ -48,6 +48,7 @@ RUN_FILES = (
     ".loss.png.tmp",
     "sample.txt",
     "logs/rank-*.log",
+    "from-s3",
     ".bad-*",
     ".metrics.jsonl.tmp",
     ".report.html.tmp",

@@ -10,6 +10,7 @@ from pentode.config.kinds.init import ExistingCheckpointInit
 from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.kinds.shape import Shape
 from pentode.config.part import Absent, Unknown, part_of
+from pentode.config.places import problem_of
 from pentode.config.schema import Config
 from pentode.config.tree import Path, Problem, Section, path_of
 from pentode.config.validate import shown
@@ -35,7 +36,6 @@ NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "profiler": ((None,), "profiling"),
     "lighteval": ((None,), "evaluation by lighteval"),
-    "s3_upload": ((None,), "uploading checkpoints"),
 }
 
 
@@ -319,11 +319,19 @@ def _patterns(c: Config) -> Found:
             yield f"optimizer.weight_decay_exclude_named_params.{i}", f"{pattern!r} is no regular expression: {error}"
 
 
-def _local_folders(c: Config) -> Found:
-    for key in ("checkpoints_path", "resume_checkpoint_path"):
-        path = getattr(c.checkpoints, key)
-        if path is not None and str(path).startswith("s3:"):
-            yield f"checkpoints.{key}", f"{shown(str(path))}: S3 is not built yet; use a local folder"
+def _object_stores(c: Config) -> Found:
+    path, upload = c.checkpoints.checkpoints_path, c.s3_upload
+    urls = {f"checkpoints.{key}": getattr(c.checkpoints, key) for key in ("checkpoints_path", "resume_checkpoint_path")}
+    urls = {where: str(url) for where, url in urls.items() if str(url).lower().startswith("s3:")}
+    if upload is not None:
+        urls["s3_upload.upload_s3_path"] = upload.upload_s3_path
+    for where, url in urls.items():
+        if problem := problem_of(url):
+            yield where, problem
+    if isinstance(path, str) and upload is not None:
+        yield "s3_upload", f"checkpoints.checkpoints_path is {shown(path)}, where all goes already; leave out one"
+    if not isinstance(path, str) and c.checkpoints.staging_path is not None:
+        yield "checkpoints.staging_path", "checkpoints.checkpoints_path is a local folder itself; leave out one"
     method = c.model.init_method
     if isinstance(method, ExistingCheckpointInit) and str(method.path).startswith("s3:"):
         yield (
@@ -350,7 +358,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _schedule,
     _lowest_rate,
     _patterns,
-    _local_folders,
+    _object_stores,
 )
 
 

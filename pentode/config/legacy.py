@@ -50,6 +50,7 @@ INERT: dict[str, Inert] = {
     "model.model_config.scale_attention_softmax_in_fp32": Inert(SWITCH, "softmax is always in float32 or better"),
     "parallelism.moe_layer_recompute": Inert((False, None), "mixtures of experts are not built yet"),
     "parallelism.recompute_granularity": Inert(("SELECTIVE", "selective", None), "use parallelism.recompute_layer"),
+    "s3_upload.s5cmd_path": Inert((ANYTHING,), "uploads need no program of their own"),
     "tokenizer.tokenizer_max_length": Inert((None,), "texts are never cut"),
     "tokenizer.tokenizer_revision": Inert((None,), "give a local tokenizer, which has one"),
     "tokens.limit_test_batches": Inert((0, None), "there is no test loop"),

@@ -21,6 +21,7 @@ from pentode.config.kinds.init import ExistingCheckpointInit, RandomInit, Spectr
 from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.kinds.optimizers import AdamWOptimizerArgs, SGDOptimizerArgs
 from pentode.config.lighteval import LightEvalConfig
+from pentode.config.places import bucket_and_prefix
 from pentode.config.section import AtLeastOne, NotNegative, Probability, section
 
 
@@ -33,6 +34,7 @@ def _lower(value: object) -> object:
 
 
 FilePath = Annotated[Path, Field(strict=False)]  # also from a string, when written in Python
+S3Url = Annotated[str, Field(pattern="^s3://")]  # not a path, in which two slashes are one
 Folds = BeforeValidator(_lower)  # Nanotron reads these words in any case
 Interval = Annotated[int, Field(ge=-1)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], Folds]
@@ -141,12 +143,15 @@ class DataStatesArgs:
 class CheckpointsArgs:
     """Where and when the run is saved, and what it starts from."""
 
-    checkpoints_path: FilePath = Field(description="the run's folder: checkpoints, metrics.jsonl, report")
+    checkpoints_path: S3Url | FilePath = Field(
+        description="the run's folder: checkpoints, metrics.jsonl, report; or s3://bucket/prefix: docs/s3.md"
+    )
     checkpoint_interval: AtLeastOne = Field(description="steps between checkpoints")
     save_initial_state: bool = Field(False, description="also save before the first step")
     save_final_state: bool = Field(True, description="also save after the last step")
-    resume_checkpoint_path: FilePath | None = Field(
-        None, description="start an empty checkpoints_path from here: a checkpoint, or a folder of them (the newest)"
+    resume_checkpoint_path: S3Url | FilePath | None = Field(
+        None,
+        description="start an empty checkpoints_path from here: a checkpoint, or a folder of them (the newest), or s3://",
     )
     load_lr_scheduler: bool = Field(
         True, description="resume_checkpoint_path: go on at its step; false: begin at step 1"
@@ -154,6 +159,16 @@ class CheckpointsArgs:
     load_optimizer: bool = Field(True, description="resume_checkpoint_path: take over its optimizer's state")
     checkpointing_engine: Annotated[Literal["torch", "datastates"], Folds] = Field("torch", description="who writes")
     datastates: DataStatesArgs | None = Field(None, description="options of the datastates engine")
+    staging_path: FilePath | None = Field(
+        None, description="local folder of a run whose checkpoints_path is s3://; null: s3-staging/bucket/prefix"
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The run's local folder: checkpoints_path itself, or where one that is s3:// is staged."""
+        if isinstance(self.checkpoints_path, Path):
+            return self.checkpoints_path
+        return self.staging_path or Path("s3-staging", *bucket_and_prefix(self.checkpoints_path))
 
 
 @section
@@ -263,13 +278,12 @@ class ProfilerArgs:
 
 @section
 class S3UploadArgs:
-    """Copies of the checkpoints in an object store."""
+    """Copies of the checkpoints in an object store, as docs/s3.md describes; s5cmd itself is not needed."""
 
-    upload_s3_path: str = Field(description="s3://bucket/prefix")
-    remove_after_upload: bool = Field(description="remove the local copy")
-    s5cmd_numworkers: AtLeastOne | None = Field(description="s5cmd's workers")
-    s5cmd_concurrency: AtLeastOne | None = Field(description="s5cmd's parts at a time")
-    s5cmd_path: FilePath | None = Field(description="the s5cmd program")
+    upload_s3_path: str = Field(description="where to: s3://bucket/prefix")
+    remove_after_upload: bool = Field(description="remove a local copy once the other was read back and is right")
+    s5cmd_numworkers: AtLeastOne | None = Field(None, description="transfers at a time; null: 8")
+    s5cmd_concurrency: AtLeastOne | None = Field(None, description="of these, parts of the same file; null: 4")
 
 
 @section

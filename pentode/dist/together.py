@@ -4,7 +4,9 @@ A rank that left alone would leave the others waiting in their next collective. 
 """
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 from pentode.dist.collectives import gather_objects
@@ -26,6 +28,30 @@ def on_first(work: Callable[[], T], world: Axis) -> T | None:
     """Do the work on the first rank while the others wait; None on those. All raise what it raised."""
     found = _done(work, world, asked=range(1))
     return found[0] if found else None
+
+
+def on_first_at_length(work: Callable[[], T], world: Axis, *, meet_every: float = 10.0) -> T | None:
+    """`on_first` for work that may take hours: the others, who would not wait so long, hear of it every few seconds.
+
+    The work is done in a thread of its own, so that a signal ends the waiting; what it returns must be small.
+    """
+    found: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised on all ranks below
+            found.set_exception(error)
+
+    thread = threading.Thread(target=do, name="at-length", daemon=True)
+    if world.rank == 0:
+        thread.start()
+    working = True
+    while working:
+        if world.rank == 0:
+            thread.join(meet_every)
+        working = gather_objects(thread.is_alive(), world)[0]
+    return on_first(found.result, world)
 
 
 def in_turn(work: Callable[[], T], world: Axis) -> T:

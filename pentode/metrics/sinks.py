@@ -62,7 +62,7 @@ def open_sinks(config: "Config", *, run: str, resume_step: int = 0) -> Sinks:
     """The started sinks of the run named `run`: console, metrics.jsonl in its folder, the benchmark CSV if named."""
     sinks: list[Sink] = [
         Console(train_steps=config.tokens.train_steps, interval=config.logging.iteration_step_info_interval),
-        JsonLines(Path(config.checkpoints.checkpoints_path), resume_step=resume_step),
+        JsonLines(config.checkpoints.folder, resume_step=resume_step),
     ]
     if config.general.benchmark_csv_path is not None:
         sinks.append(BenchmarkCsv(Path(config.general.benchmark_csv_path)))

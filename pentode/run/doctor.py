@@ -17,7 +17,7 @@ from pentode.optim import fused
 from pentode.version import VERSION
 
 PACKAGES = ("torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "tokenizers", "safetensors", "fsspec", "psutil")
-EXTRAS = {"data": ("datasets", "huggingface_hub"), "plots": ("matplotlib",), "hf": ("transformers",)}
+EXTRAS = {"data": ("datasets", "huggingface_hub"), "plots": ("matplotlib",), "hf": ("transformers",), "s3": ("s3fs",)}
 SETTINGS = re.compile(
     r"^(CUDA|NCCL|TORCH|PYTORCH|HF|OMP|MKL|GLOO|SLURM|WANDB|AWS)_|^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_\w+)$"
 )

@@ -23,6 +23,7 @@ from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.agree import check_agreement
 from pentode.run.build import Run, build, initialise_weights
+from pentode.train.copies import Copies, Place, borrow, give_back
 from pentode.train.loop import refresh, train
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, check_data, restore
@@ -63,18 +64,20 @@ def start(
         replica_level=config.logging.log_level_replica,
     )
     launch.connect(here, backend=devices.backend(device), device=device, store=store)
-    root, world = config.checkpoints.checkpoints_path, everyone()
+    root, world = config.checkpoints.folder, everyone()
     try:
         check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
         with ExitStack() as held:
             on_first(lambda: held.enter_context(locked(root)), world)
             stop = held.enter_context(StopSignal(device))
+            copies = held.enter_context(Copies(Place.of(config), root, world, leave=lambda: stop.asked is not None))
+            copies.begin(fresh=fresh)
             if fresh:
                 on_first(lambda: remove_run(root), world)
             together(lambda: _log_to_file(root, here), world)
             for note in notes:
                 log.warning(note)
-            _train_in(root, config, here, stop, after_save, at_end)
+            _train_in(root, config, here, stop, copies, [*after_save, copies.after_save], at_end)
     except PentodeError as error:
         if error.everywhere and here.size > 1:
             tell_once(error, rank=here.rank, wait_for_all=wait_for_all)
@@ -93,18 +96,22 @@ def _train_in(
     config: Config,
     here: launch.World,
     stop: StopSignal,
+    copies: Copies,
     after_save: Sequence[AfterSave],
     at_end: Sequence[AtEnd],
 ) -> None:
+    copies.bring()
     checkpoint = _source(config, root, here)
     if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= config.tokens.train_steps:
         log.info(
             f"{checkpoint.folder}: complete at step {checkpoint.step}; --fresh starts over, tokens.train_steps goes on"
         )
+        copies.finish()
         return
     log.info("Config:\n" + pformat(config, width=120, indent=1))
     log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
     run, state = _run(config, here, checkpoint, root)
+    give_back(root, run.mesh.world)
     name = expand_run_name(config)
     opened = on_first(lambda: open_sinks(config, run=name, resume_step=state.step), run.mesh.world)
     sinks = opened or Sinks([])
@@ -115,6 +122,7 @@ def _train_in(
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"
+        copies.finish_soon()
         raise
     finally:
         sinks.close(status)
@@ -123,6 +131,7 @@ def _train_in(
         finish(run, root)
     if here.rank == 0:
         refresh(after_save, root)
+    copies.finish()
 
 
 def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root: Path) -> tuple[Run, TrainState]:
@@ -163,6 +172,9 @@ def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None
         return newest(root, quarantine=first)
 
     found = in_turn(own, everyone())
+    if isinstance(other, str):
+        _check_that_all_found(found, root)
+        other = borrow(other, root, everyone()) if found is None else None
     found = together(lambda: _named(other) if found is None and other is not None else found, everyone())
     _check_that_all_found(found, root)
     return found

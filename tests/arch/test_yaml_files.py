@@ -14,6 +14,7 @@ NEEDED = (
     "examples/config_tiny_llama.yaml",
     "examples/llama/config_tiny_llama.yaml",
     "examples/llama/one_process.yaml",
+    "examples/s3/tiny_llama.yaml",
     "configs/nano.yaml",
     "configs/small.yaml",
     "configs/base.yaml",

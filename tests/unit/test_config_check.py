@@ -55,8 +55,37 @@ STAGE = "data_stages.0"
             "checkpoints.checkpointing_engine: datastates: the datastates engine is not built yet; use torch",
         ),
         (
-            {"checkpoints__resume_checkpoint_path": "s3://b/x"},
-            "checkpoints.resume_checkpoint_path: 's3:/b/x': S3 is not built yet; use a local folder",
+            {"checkpoints__resume_checkpoint_path": "s3:/b/x"},
+            "checkpoints.resume_checkpoint_path: 's3:/b/x' is no address in an object store; write s3://bucket/prefix",
+        ),
+        (
+            {"checkpoints__checkpoints_path": "s3://"},
+            "checkpoints.checkpoints_path: 's3://' names no bucket; write s3://bucket/prefix",
+        ),
+        (
+            {"checkpoints__checkpoints_path": "s3://key:word@bucket/x"},
+            "checkpoints.checkpoints_path: it holds credentials or options, which come from the environment alone; "
+            "write s3://bucket/prefix",
+        ),
+        (
+            {"checkpoints__checkpoints_path": "s3://bucket/a/../b"},
+            "checkpoints.checkpoints_path: 's3://bucket/a/../b': its prefix has an empty part, a dot or a character "
+            "that has other uses; write s3://bucket/prefix",
+        ),
+        (
+            {"checkpoints__staging_path": "here"},
+            "checkpoints.staging_path: checkpoints.checkpoints_path is a local folder itself; leave out one",
+        ),
+        (
+            {"s3_upload": {"upload_s3_path": "/local", "remove_after_upload": True}},
+            "s3_upload.upload_s3_path: '/local' is no address in an object store; write s3://bucket/prefix",
+        ),
+        (
+            {
+                "checkpoints__checkpoints_path": "s3://bucket",
+                "s3_upload": {"upload_s3_path": "s3://other", "remove_after_upload": True},
+            },
+            "s3_upload: checkpoints.checkpoints_path is 's3://bucket', where all goes already; leave out one",
         ),
         (
             {"model__model_config__hidden_size": 18},

@@ -1,0 +1,206 @@
+"""Whole runs whose checkpoints are in an object store: saved there, copied there, gone on from there."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pentode.checkpoint import remote
+from pentode.checkpoint.manifest import MANIFEST, Manifest
+from pentode.cli import run_command
+from tests.helpers.object_store import SECRET, Bucket, Fault, Proxy, bucket
+from tests.helpers.source import ROOT
+from tests.helpers.tiny import rows, tiny_yaml, weights
+from tests.unit.test_training import before_step
+
+WEIGHTS = "weights-00000-of-00001.safetensors"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
+    """A bucket; what is not given a place is staged in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    with bucket(monkeypatch) as made:
+        yield made
+
+
+def published(store: Bucket) -> list[int]:
+    """The steps that have a manifest; each one's files are there with the right bytes, and no others."""
+    names = store.names()
+    found = sorted(int(name.split("/")[0]) for name in names if name.endswith(f"/{MANIFEST}"))
+    for step in found:
+        manifest = Manifest.parse(store.read(f"{step}/{MANIFEST}"))
+        assert {name.split("/")[1] for name in names if name.startswith(f"{step}/")} == {*manifest.files, MANIFEST}
+        for name, facts in manifest.files.items():
+            assert remote.facts_of(store.read(f"{step}/{name}")) == facts
+    return found
+
+
+def in_s3(folder: Path, store: Bucket, **changes: object) -> Path:
+    """The tiny run with its checkpoints in the store, staged in `folder`/run."""
+    places = {"checkpoints__checkpoints_path": store.url, "checkpoints__staging_path": str(folder / "run")}
+    return tiny_yaml(folder, **places, **changes)
+
+
+def copied(folder: Path, store: Bucket, *, remove: bool, **changes: object) -> Path:
+    """The tiny run with copies of its checkpoints in the store, under Nanotron's keys."""
+    upload = {"upload_s3_path": store.url, "remove_after_upload": remove}
+    return tiny_yaml(folder, s3_upload=upload, **changes)
+
+
+def uninterrupted(folder: Path) -> bytes:
+    """The weights at the end of the same run without a store."""
+    folder.mkdir()
+    assert run_command(["train", str(tiny_yaml(folder))]) == 0
+    return weights(folder / "run", 12)
+
+
+def test_a_run_in_the_store_is_saved_there_and_gone_on_with_from_there(
+    tmp_path: Path, store: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = in_s3(tmp_path, store)
+    assert run_command(["train", str(file), "tokens.train_steps=6", "tokens.val_check_interval=-1"]) == 0
+    assert published(store) == [4, 6]
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
+
+    elsewhere = f"checkpoints.staging_path={tmp_path / 'other'}"  # as on another machine
+    assert run_command(["train", str(file), elsewhere]) == 0
+    assert published(store) == [4, 6, 8, 12]
+    assert "Resuming after step 6 of 12" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "other")] == list(range(1, 13))
+
+    assert run_command(["train", str(file)]) == 0
+    assert "complete at step 12" in capsys.readouterr().out
+
+
+def test_a_resumed_run_ends_in_the_bits_of_one_without_a_store(tmp_path: Path, store: Bucket) -> None:
+    expected = uninterrupted(tmp_path / "plain")
+    file = in_s3(tmp_path, store)
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_command(["train", str(file)]) == 75
+    assert published(store) == [4, 7]
+    assert run_command(["train", str(file)]) == 0
+    assert store.read(f"12/{WEIGHTS}") == expected
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_copies_are_sent_and_local_ones_removed_as_asked(tmp_path: Path, store: Bucket, remove: bool) -> None:
+    assert run_command(["train", str(copied(tmp_path, store, remove=remove))]) == 0
+    assert published(store) == [4, 8, 12]
+    local = sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit())
+    assert local == ([] if remove else ["12", "4", "8"])
+    for name in ("metrics.jsonl", "report.html"):
+        assert store.read(name) == (tmp_path / "run" / name).read_bytes()
+
+
+def test_a_run_whose_local_folder_is_gone_goes_on_from_the_copies(tmp_path: Path, store: Bucket) -> None:
+    expected = uninterrupted(tmp_path / "plain")
+    file = copied(tmp_path, store, remove=True)
+    assert run_command(["train", str(file), "tokens.train_steps=8"]) == 0
+    assert run_command(["train", str(file), f"checkpoints.checkpoints_path={tmp_path / 'new'}"]) == 0
+    assert store.read(f"12/{WEIGHTS}") == expected
+
+
+@pytest.mark.parametrize(("path", "first"), [("", 13), ("/8", 9)])
+def test_a_run_begins_with_another_runs_checkpoint_in_the_store(
+    tmp_path: Path, store: Bucket, path: str, first: int
+) -> None:
+    assert run_command(["train", str(in_s3(tmp_path, store))]) == 0
+    (tmp_path / "next").mkdir()
+    source = {"checkpoints__resume_checkpoint_path": store.url + path}
+    file = tiny_yaml(tmp_path / "next", **source, tokens__train_steps=14)
+    assert run_command(["train", str(file)]) == 0
+    run = tmp_path / "next" / "run"
+    assert rows(run)[0]["step"] == first
+    assert not (run / "from-s3").exists()
+    assert published(store) == [4, 8, 12]
+
+
+def test_what_could_not_be_sent_ends_the_run_with_74_and_the_next_start_sends_it(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(tmp_path, store, remove=True)
+
+    def no_eight(request: str, _: int) -> Fault | None:
+        return Fault(answer=503, code="SlowDown") if request.startswith("PUT") and "/8/" in request else None
+
+    monkeypatch.setattr(remote, "LIMIT", 0.0)
+    with Proxy(no_eight) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert run_command(["train", str(file)]) == 74
+    assert published(store) == [4, 12]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == ["8"]
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "checkpoint 8 in" in errors[0]
+    assert "SlowDown (503)" in errors[0]
+
+    assert run_command(["train", str(file)]) == 0
+    assert published(store) == [4, 8, 12]
+
+
+def test_fresh_removes_the_run_in_the_store_but_no_copies(
+    tmp_path: Path, store: Bucket, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["train", str(in_s3(tmp_path, store)), "tokens.train_steps=8"]) == 0
+    store.change("notes.txt", b"somebody's")
+    assert run_command(["train", str(in_s3(tmp_path, store)), "--fresh", "tokens.train_steps=4"]) == 0
+    assert published(store) == [4]
+    assert store.read("notes.txt") == b"somebody's"
+
+    (tmp_path / "copied").mkdir()
+    file = copied(tmp_path / "copied", store, remove=False)
+    assert run_command(["train", str(file), "--fresh"]) == 64
+    assert "--fresh: " in capfd.readouterr().err
+    assert published(store) == [4]
+
+
+def test_what_the_store_refuses_is_told_in_a_line_before_training(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = str(in_s3(tmp_path, store))
+
+    def errors(code: int, *overrides: str) -> str:
+        capfd.readouterr()
+        assert run_command(["train", file, *overrides]) == code
+        (line,) = capfd.readouterr().err.splitlines()
+        return line
+
+    assert "there is no such bucket" in errors(74, "checkpoints.checkpoints_path=s3://no-such-bucket/x")
+    with Proxy(lambda request, _: Fault(answer=403, code="AccessDenied")) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert "access is refused, AccessDenied (403)" in errors(74)
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        assert "there are no usable credentials; set AWS_ACCESS_KEY_ID" in errors(74)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "s3fs", None)
+        assert 'pip install "pentode[s3]"' in errors(64)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_credentials_are_written_nowhere(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(tmp_path, store, remove=False)
+    with Proxy(lambda request, number: Fault(answer=500) if number % 7 == 5 else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert run_command(["train", str(file), "tokens.train_steps=4"]) == 0
+    printed = capfd.readouterr()
+    told = [printed.out.encode(), printed.err.encode(), *map(store.read, store.names())]
+    told += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(told) > 10
+    assert not [text for text in told if SECRET.encode() in text or b"AKIA" in text]
+
+
+@pytest.mark.parametrize("where", ["s3_upload.upload_s3_path", "checkpoints.checkpoints_path"])
+def test_the_example_runs(where: str, store: Bucket) -> None:
+    words = [f"{where}={store.url}", "tokens.train_steps=2", "checkpoints.checkpoint_interval=1", "general.device=cpu"]
+    words += ["s3_upload=null"] if where.startswith("checkpoints") else []
+    assert run_command(["train", str(ROOT / "examples/s3/tiny_llama.yaml"), *words]) == 0
+    assert published(store) == [1, 2]

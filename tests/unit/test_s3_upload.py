@@ -1,0 +1,233 @@
+"""The queue of checkpoints on their way to a store: what waits for what, what fails, what is removed."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pentode.checkpoint.retry import Clock, GivenUpError, PassingError, Patience
+from pentode.checkpoint.upload import Uploader
+from pentode.errors import StorageError
+from tests.helpers.object_store import FakeTime
+
+SOON = 30.0  # seconds that a test waits at most for what should happen at once
+
+
+@dataclass
+class Shop:
+    """Stands for a Remote: takes checkpoints while it is open, refuses those in `refused`."""
+
+    url: str = "s3://bucket/run"
+    clock: Clock = field(default_factory=Clock)
+    refused: set[int] = field(default_factory=set)
+    taken: list[int] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    open: threading.Event = field(default_factory=threading.Event)
+    busy: threading.Event = field(default_factory=threading.Event)
+
+    def patience(self, what: int | str = "") -> Patience:
+        return Patience(f"{self.url}/{what}", clock=self.clock)
+
+    def upload(self, folder: Path, patience: Patience, *, again: bool) -> None:
+        self.busy.set()
+        while not self.open.wait(0.01):
+            if patience.stop.is_set():
+                raise StorageError("given up")
+        self.limits.append(patience.limit)
+        if not folder.exists():
+            raise FileNotFoundError(folder)
+        if int(folder.name) in self.refused:
+            raise StorageError(f"{folder.name} is refused")
+        self.taken.append(int(folder.name))
+
+    def send_run_files(self, root: Path, patience: Patience) -> None:
+        assert root.is_dir()
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    made = Shop()
+    yield made
+    made.open.set()
+
+
+def uploader(shop: Any, root: Path, **options: Any) -> Uploader:
+    return Uploader(shop, root, remove=options.pop("remove", False), **options)
+
+
+def saved(root: Path, step: int) -> Path:
+    folder = root / str(step)
+    folder.mkdir()
+    return folder
+
+
+def test_training_waits_only_when_all_places_are_taken(tmp_path: Path, shop: Shop) -> None:
+    made, returned = uploader(shop, tmp_path, places=2), threading.Event()
+    for step in (1, 2, 3):  # one is sent, two wait
+        saved(tmp_path, step)
+        made.offer(tmp_path)
+    assert shop.busy.wait(SOON)
+    assert made.waited == 0
+    saved(tmp_path, 4)
+
+    def offer() -> None:
+        made.offer(tmp_path)
+        returned.set()
+
+    threading.Thread(target=offer, daemon=True).start()
+    assert not returned.wait(0.1)
+    shop.open.set()
+    assert returned.wait(SOON)
+    assert made.waited > 0
+    assert made.wait(SOON)
+    assert shop.taken == [1, 2, 3, 4]
+    assert made.unsent() == []
+    made.close()
+
+
+def test_a_run_that_was_asked_to_stop_does_not_wait_for_a_place(tmp_path: Path, shop: Shop) -> None:
+    made = uploader(shop, tmp_path, places=0, leave=lambda: True)
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    made.offer(tmp_path)
+    assert made.unsent() == [1, 2, 3]
+    made.close()
+
+
+def test_nobody_waits_for_a_place_for_ever(tmp_path: Path) -> None:
+    time = FakeTime()
+
+    def now() -> float:
+        time.time += 250.0
+        return time.time
+
+    shop = Shop(clock=Clock(now, time.wait))
+    made = uploader(shop, tmp_path, places=0)
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    made.offer(tmp_path)
+    assert made.waited >= 600.0
+    assert made.unsent() == [1, 2, 3]
+    made.close()
+
+
+def test_what_fails_stays_and_is_tried_with_the_next_one_but_not_long(tmp_path: Path, shop: Shop) -> None:
+    shop.open.set()
+    shop.refused = {1, 2}
+    made = uploader(shop, tmp_path, remove=True)
+    for step in (1, 2):
+        saved(tmp_path, step)
+        made.offer(tmp_path)
+        assert made.wait(SOON)
+    assert sorted(made.failed) == made.unsent() == [1, 2]
+    assert "1 is refused" in made.failed[1]
+    assert (tmp_path / "1").is_dir()
+    assert shop.limits == [300.0, 0.0, 0.0]  # 1; then 1 again and 2, in one try each
+    shop.refused = set()
+    saved(tmp_path, 3)
+    made.offer(tmp_path)
+    assert made.wait(SOON)
+    assert shop.taken == [1, 2, 3]
+    assert shop.limits[3:] == [0.0, 300.0, 300.0]
+    assert list(tmp_path.iterdir()) == []
+    made.close()
+
+
+def test_the_last_try_is_patient_again(tmp_path: Path, shop: Shop) -> None:
+    shop.open.set()
+    shop.refused = {1}
+    saved(tmp_path, 1)
+    made = uploader(shop, tmp_path)
+    made.offer(tmp_path)
+    assert made.wait(SOON)
+    made.try_all_again()
+    assert made.wait(SOON)
+    assert shop.limits == [300.0, 300.0]
+    made.close()
+
+
+def test_a_local_copy_is_removed_only_when_asked_and_sent(tmp_path: Path, shop: Shop) -> None:
+    shop.open.set()
+    saved(tmp_path, 1)
+    keeps = uploader(shop, tmp_path)
+    keeps.offer(tmp_path)
+    assert keeps.wait(SOON)
+    assert (tmp_path / "1").is_dir()
+    keeps.close()
+    removes = uploader(shop, tmp_path, remove=True, fetched=1)
+    removes.offer(tmp_path)
+    assert removes.wait(SOON)
+    assert not (tmp_path / "1").exists()
+    assert shop.taken == [1]  # not again: it has just come from the store
+    removes.close()
+
+
+def test_a_checkpoint_that_was_pruned_while_it_waited_is_no_problem(tmp_path: Path, shop: Shop) -> None:
+    saved(tmp_path, 1)
+    folder = saved(tmp_path, 2)
+    made = uploader(shop, tmp_path)
+    made.offer(tmp_path)
+    assert shop.busy.wait(SOON)
+    folder.rmdir()
+    shop.open.set()
+    assert made.wait(SOON)
+    assert shop.taken == [1]
+    assert made.unsent() == []
+    made.close()
+
+
+def test_closing_gives_up_what_is_under_way(tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2):
+        saved(tmp_path, step)
+    made = uploader(shop, tmp_path, remove=True)
+    made.offer(tmp_path)
+    assert shop.busy.wait(SOON)
+    assert not made.wait(0.0)
+    made.close()
+    assert not made._thread.is_alive()
+    assert shop.taken == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert capsys.readouterr().out == ""
+
+
+def failing(times: int) -> Any:
+    left = [times]
+
+    def call() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise PassingError("it is busy")
+        return "done"
+
+    return call
+
+
+def test_waits_grow_to_a_limit_and_end_with_success() -> None:
+    time = FakeTime()
+    patience = Patience("work", limit=1e6, clock=Clock(time.now, time.wait))
+    assert patience.call(failing(12)) == "done"
+    assert patience.retries == len(time.waits) == 12
+    for number, wait in enumerate(time.waits):
+        assert 0.5 <= wait / min(0.5 * 2**number, 30.0) <= 1.0
+
+
+def test_failing_is_added_up_over_the_work_and_bounded() -> None:
+    time = FakeTime()
+    patience = Patience("work", limit=60.0, clock=Clock(time.now, time.wait))
+    for _ in range(8):
+        assert patience.call(failing(4)) == "done"  # 3.75 to 7.5 s each
+        assert time.time < 60.0
+    with pytest.raises(GivenUpError, match=r"it is busy, for \d+ s"):
+        patience.call(failing(1000))
+    assert 60.0 <= time.time <= 90.0
+
+
+def test_nobody_is_patient_after_being_told_to_stop() -> None:
+    time = FakeTime()
+    patience = Patience("work", clock=Clock(time.now, time.wait))
+    patience.stop.set()
+    with pytest.raises(GivenUpError, match="told to stop"):
+        patience.call(failing(0))
