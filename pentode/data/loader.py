@@ -3,6 +3,7 @@
 Of a global batch, rank r of R reads the r-th contiguous part, in micro-batches of equal size.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -16,13 +17,17 @@ from pentode.errors import DataError
 from pentode.parallel.batch import Batch, batch_of
 
 WINDOW = 1024  # places of the order that are worked out at once
+# Tokens of small steps that a thread reads in one go, and how many steps: to wake it for each costs more than to read.
+TOGETHER, MOST_STEPS = 1 << 15, 64
+
+_Step = tuple[int, int]  # samples of the stage consumed before, and the run-wide number of the first sample
 
 
 class Loader:
     """The training batches of one stage: a pure function of the samples consumed in it, whatever was asked before.
 
-    With `workers`, that many of the following steps are prepared in as many threads; what goes wrong there is raised
-    when the step is asked for. With `pin`, batches lie in pinned memory.
+    With `workers`, that many of the following steps, or groups of small ones, are prepared in as many threads; what
+    goes wrong there is raised when the step is asked for. With `pin`, batches lie in pinned memory.
     """
 
     def __init__(
@@ -49,26 +54,54 @@ class Loader:
         self._pin = pin
         self._threads = ThreadPoolExecutor(workers, "pentode-data") if workers else None
         self._window = lru_cache(maxsize=4)(self._window_ids)
-        self._prepared: dict[tuple[int, int], Future[list[Batch]]] = {}
+        self._ready: dict[_Step, list[Batch]] = {}
+        self._coming: deque[tuple[_Step, Future[dict[_Step, list[Batch]]]]] = deque()
 
     def step_batches(self, consumed: int, *, first_number: int) -> list[Batch]:
         """This rank's micro-batches of the step that begins after `consumed` samples of the stage.
 
         `first_number` is the run-wide number of the step's first sample, which dropout is keyed by.
         """
+        step = (consumed, first_number)
         if self._threads is None:
-            return self._read(consumed, first_number)
-        prepared = self._prepared.pop((consumed, first_number), None)
-        batches = prepared.result() if prepared else self._read(consumed, first_number)
-        ahead = [k * self._global_batch for k in range(1, self._ahead + 1)]
-        steps = [(consumed + samples, first_number + samples) for samples in ahead]
-        self._prepared = {step: self._prepared.get(step) or self._threads.submit(self._read, *step) for step in steps}
-        return batches
+            return self._read(step)
+        if step not in self._ready:
+            self._receive(step)
+        return self._ready.pop(step)
 
     def close(self) -> None:
         """Wait for the threads and let them go."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+
+    def _receive(self, step: _Step) -> None:
+        """Make `step` ready: from what was prepared, if it comes next there; and have what follows prepared."""
+        if self._coming and self._coming[0][0] == step:
+            self._ready = self._coming.popleft()[1].result()
+        else:
+            self._coming.clear()
+            self._ready = {}
+        if step not in self._ready:
+            self._ready[step] = self._read(step)
+        tokens = sum(batch.tokens.numel() for batch in self._ready[step])
+        together = min(max(1, TOGETHER // tokens), MOST_STEPS)
+        while len(self._coming) < self._ahead:
+            first, read = self._coming[-1][0] if self._coming else step, together if self._coming else len(self._ready)
+            after = self._later(first, read)
+            self._coming.append((after, self._threads.submit(self._read_together, after, together)))
+
+    def _later(self, step: _Step, steps: int) -> _Step:
+        return step[0] + steps * self._global_batch, step[1] + steps * self._global_batch
+
+    def _read_together(self, first: _Step, count: int) -> dict[_Step, list[Batch]]:
+        """`count` steps from `first` on, or up to the first that cannot be read: that is told if it is asked."""
+        found = {}
+        for step in (self._later(first, k) for k in range(count)):
+            try:
+                found[step] = self._read(step)
+            except Exception:  # noqa: BLE001 - raised when the step is asked for, if it ever is
+                break
+        return found
 
     def _ids(self, first: int, count: int) -> np.ndarray:
         """The samples at `count` places of the order, cut out of windows: a few of them take as long as a window."""
@@ -79,7 +112,8 @@ class Loader:
     def _window_ids(self, number: int) -> np.ndarray:
         return sample_ids(number * WINDOW, WINDOW, length=len(self._source), seed=self._seed)
 
-    def _read(self, consumed: int, first_number: int) -> list[Batch]:
+    def _read(self, step: _Step) -> list[Batch]:
+        consumed, first_number = step
         ids = self._ids(consumed + self._first, self._share)
         rows = torch.from_numpy(checked_samples(self._source, ids, vocab_size=self._vocab_size))
         numbers = first_number + self._first + torch.arange(self._share)

@@ -120,6 +120,22 @@ def test_steps_may_be_asked_for_in_any_order(workers: int) -> None:
     ahead.close()
 
 
+def test_small_steps_are_prepared_together_and_a_bad_one_is_told_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loaders, "TOGETHER", 4 * 6 * LENGTH)  # four steps
+    order = sample_ids(0, 60, length=100, seed=5)
+    source = Numbered(100, bad=int(order[6 * 6]))  # of step 6, the second of the second group
+    ahead, plain = loader(source, workers=1), loader(Numbered(100))
+    for step in range(6):
+        got, want = (who.step_batches(step * 6, first_number=step * 6) for who in (ahead, plain))
+        assert first_tokens(got) == first_tokens(want)
+    with pytest.raises(DataError, match=f"sample {order[36]} has token id"):
+        ahead.step_batches(36, first_number=36)
+    ahead.close()
+    assert source.threads.count("MainThread") == 2  # the first step, and the bad one when it was asked for
+
+
 def test_the_number_of_the_first_sample_is_part_of_what_is_prepared() -> None:
     ahead = loader(Numbered(100), workers=1)
     ahead.step_batches(0, first_number=0)
@@ -127,7 +143,8 @@ def test_the_number_of_the_first_sample_is_part_of_what_is_prepared() -> None:
     ahead.close()
 
 
-def test_the_following_steps_are_prepared_in_threads_which_close_ends() -> None:
+def test_the_following_steps_are_prepared_in_threads_which_close_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "TOGETHER", 1)
     source = Numbered(100)
     ahead = loader(source, workers=2)
     for step in range(4):
