@@ -5,7 +5,7 @@ usage: python -m benchmarks.gpu [--only NAME ...] [--set KEY=VALUE ...] [--out F
 Each run is a process of its own, training as `pentode train` does: real optimizer, clipping, data order, records. Speed
 is the median of its iteration lines after the first ten steps; then a few steps more are traced, of models whose steps
 are replayed as the launch of each kernel. Everything is printed, and written to FOLDER/gpu.jsonl. Without --only, the
-runs of as many GPUs as there are, or fewer. 8B with all states takes more than 80 GB a GPU.
+runs of as many GPUs as there are, or fewer. 8B with all states takes more than 80 GB a GPU, 8B16 is half of its layers.
 """
 
 import argparse
@@ -98,14 +98,17 @@ def run_titan(case: Case, log: Path) -> Figures:
     """The same shape with torchtitan; its MFU counts attention in full."""
     assert case.shape in LLAMA, f"torchtitan has no {case.shape}"
     assert case.titan is not None, "torchtitan is no peer of this run"
-    sequences = case.micro_batch * case.micro_batches
+    sequences, layout = case.micro_batch * case.micro_batches, case.parallelism
+    pipelined = "pp" in layout  # there a step's micro-batches are one local batch
     options = {
         "--training.seq_len": SEQUENCE,
-        "--training.local_batch_size": case.micro_batch,
-        "--training.global_batch_size": sequences * case.parallelism.get("dp", 1),
+        "--training.local_batch_size": sequences if pipelined else case.micro_batch,
+        "--training.global_batch_size": sequences * layout.get("dp", 1),
         "--training.steps": case.steps,
         "--metrics.log_freq": EVERY,
     }
+    if pipelined:
+        options["--parallelism.pipeline_parallel_microbatch_size"] = case.micro_batch
     given = [str(word) for option in options.items() for word in option]
     command = [str(PEER), case.shape, *given, "--compile.enable", *case.titan]
     first = _logged(_launched(case.gpus, command, torchrun=True), log, FIRST["torchtitan"])
@@ -118,7 +121,7 @@ def run_titan(case: Case, log: Path) -> Figures:
     return Figures(
         "torchtitan",
         tokens_per_second=speed,
-        step_ms=sequences * SEQUENCE / speed * 1e3,
+        step_ms=sequences * SEQUENCE / speed * 1e3 * layout.get("dp", 1) / case.gpus,
         mfu=statistics.median(float(row[3]) for row in rows) / 100,
         peak_gib=max(float(row[1]) for row in rows),
         first_step_s=first,

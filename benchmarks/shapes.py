@@ -1,12 +1,13 @@
 """The runs that benchmarks/gpu.py times: model shapes and layouts, as configs of random tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 LLAMA = {
     "1B": (2048, 16, 32, 8, 8192),
     "8B8": (4096, 8, 32, 8, 14336),  # 8 layers of the 8B shape
+    "8B16": (4096, 16, 32, 8, 14336),
     "8B": (4096, 32, 32, 8, 14336),
 }
 VOCABULARY = 128256
@@ -39,6 +40,7 @@ NO_RECOMPUTATION = ("--activation_checkpoint.mode", "none")
 SELECTIVE = ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op")
 BF16_STATES = ("--training.dtype", "bfloat16")  # torchtitan trains pure tp and pp in float32 otherwise
 TP2 = ("--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel")
+PP2 = ("--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_schedule")
 
 CASES = {
     "1B": Case("1B", 4, titan=NO_RECOMPUTATION),
@@ -49,21 +51,37 @@ CASES = {
     "8B8 x8": Case("8B8", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2, steps=500),
-    "8B zero1": Case("8B", 2, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
-    "8B tp2": Case(
+}
+TWO_GPUS = {
+    "zero1": Case("8B", 2, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
+    "tp2": Case(
         "8B",
         2,
         2,
-        parallelism={
-            "tp": 2,
-            "tp_mode": "REDUCE_SCATTER",
-            "tp_linear_async_communication": True,
-            "recompute_layer": "selective",
-        },
+        parallelism={"tp": 2, "tp_mode": "REDUCE_SCATTER", "tp_linear_async_communication": True},
         titan=(*SELECTIVE, *BF16_STATES, *TP2),
     ),
-    "8B pp2": Case("8B", 1, 2, micro_batches=8, parallelism={"pp": 2, "pp_engine": "1f1b"}),
-    "8B pp2 interleaved": Case("8B", 1, 2, micro_batches=8, parallelism={"pp": 2, "pp_engine": "interleaved"}),
+    "pp2": Case(
+        "8B",
+        1,
+        2,
+        micro_batches=8,
+        parallelism={"pp": 2, "pp_engine": "1f1b"},
+        titan=(*SELECTIVE, *BF16_STATES, *PP2, "1F1B"),
+    ),
+    "pp2 interleaved": Case(
+        "8B",
+        1,
+        2,
+        micro_batches=8,
+        parallelism={"pp": 2, "pp_engine": "interleaved"},
+        titan=(*SELECTIVE, *BF16_STATES, *PP2, "Interleaved1F1B"),
+    ),
+}
+CASES |= {  # whole where a card has 141 GB, half of the layers where it has 80
+    f"{shape} {name}": replace(case, shape=shape, steps=SHORT)
+    for shape in ("8B", "8B16")
+    for name, case in TWO_GPUS.items()
 }
 
 
