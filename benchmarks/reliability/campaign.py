@@ -32,11 +32,13 @@ class Outcome:
     kind     in a word or two, to be counted
     problem  what is not as promised; empty if all is
     counts   what else it adds to the campaign's sums, as the runs that it made
+    most     measures of which the campaign's largest is told
     """
 
     kind: str
     problem: str = ""
     counts: dict[str, float] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Result:
     cases: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
     case_seconds: float = 0.0  # sum over cases
@@ -86,24 +89,31 @@ class Result:
         self.outcomes[outcome.kind] = self.outcomes.get(outcome.kind, 0) + 1
         for name, count in outcome.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
+        for name, found in outcome.most.items():
+            self.most[name] = max(found, self.most.get(name, found))
 
     def line(self) -> str:
         """The figures on one line, for people."""
         if self.left_out:
             return f"{self.name}: left out, {self.left_out}"
-        parts = [f"{count:g} {name}" for name, count in sorted({**self.outcomes, **self.counts}.items())]
         bad = f"{len(self.problems)} NOT AS PROMISED" if self.problems else "all as promised"
         cost = self.case_seconds / max(1, self.cases)
         control = f"; {self.control}" if self.control else ""
         return (
-            f"{self.name}: {self.cases} cases, {bad} ({', '.join(parts)}){control}; {self.seconds:.0f} s with "
+            f"{self.name}: {self.cases} cases, {bad} ({self.happened()}){control}; {self.seconds:.0f} s with "
             f"{self.workers} workers, {cost:.2f} s a case, seed {self.seed}"
         )
 
+    def happened(self) -> str:
+        """How cases ended, and what was counted and measured."""
+        found = {**self.outcomes, **self.counts, **self.most}
+        return ", ".join(f"{count:g} {name}" for name, count in sorted(found.items()))
+
     def row(self) -> str:
         """The figures as a line of a table in Markdown."""
-        parts = [f"{count:g} {name}" for name, count in sorted({**self.outcomes, **self.counts}.items())]
-        told = f"left out: {self.left_out}" if self.left_out else ", ".join(parts)
+        told = (
+            f"left out: {self.left_out}" if self.left_out else "; ".join(filter(None, (self.happened(), self.control)))
+        )
         return f"| {self.name} | {self.promise} | {self.cases:,} | {len(self.problems)} | {told} |"
 
     def as_json(self) -> str:

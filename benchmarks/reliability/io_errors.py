@@ -39,7 +39,7 @@ LINES_EACH = STEPS  # the first so many writes to each of these files meet an er
 
 def prepare(prepared: Path) -> None:
     """Run undisturbed, and keep the calls that each rank makes after the first checkpoint is there."""
-    config = tiny_run.write_config(prepared / "text", steps=STEPS)
+    config = tiny_run.write_config(prepared, steps=STEPS)
     root = prepared / "reference"
 
     def count(rank: int) -> None:
@@ -54,7 +54,7 @@ def prepare(prepared: Path) -> None:
 
     codes = tiny_run.train(config, root, prepare=count)
     assert codes == [0, 0], tiny_run.printed(root)
-    (prepared / "reference.json").write_text(json.dumps(tiny_run.final_state(root)))
+    (prepared / tiny_run.REFERENCE).write_text(json.dumps(tiny_run.final_state(root)))
 
 
 def calls(prepared: Path) -> list[tuple[int, int, str]]:
@@ -81,7 +81,7 @@ def case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
 
 def _storage_case(prepared: Path, folder: Path, call: tuple[int, int, str], code: int, *, stays: bool) -> Outcome:
     rank_hit, number_hit, name_hit = call
-    root, config = folder / "run", prepared / "text" / "tiny.yaml"
+    root, config = folder / "run", prepared / "tiny.yaml"
 
     def refuse(rank: int) -> None:
         def watch(number: int, name: str, half: Callable[[], object]) -> None:
@@ -140,7 +140,7 @@ def _not_told(codes: list[int], said: str, root: Path, code: int) -> str:
 
 def _record_case(prepared: Path, folder: Path, name: str, line: int, code: int) -> Outcome:
     """The `line`-th write to a file of metrics or a log, and all after it, fail; the run must not mind."""
-    root, config = folder / "run", prepared / "text" / "tiny.yaml"
+    root, config = folder / "run", prepared / "tiny.yaml"
     codes = tiny_run.train(config, root, prepare=lambda rank: _refuse_writes(root / name, line, code))
     problem = ""
     if codes != [0, 0]:

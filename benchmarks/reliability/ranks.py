@@ -30,13 +30,28 @@ class Ranks:
     everywhere: ClassVar[list[Prepare]] = []  # called in each rank of each run, first
 
     def __init__(
-        self, arguments: Sequence[str], *, output: Path, world: int = 2, prepare: Prepare | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        output: Path,
+        world: int = 2,
+        prepare: Prepare | None = None,
+        everywhere: bool = True,
+        attach: Callable[[list[int]], object] | None = None,
     ) -> None:
-        """Start `pentode ARGUMENTS` on `world` ranks; what they print is appended to the file `output`."""
+        """Start `pentode ARGUMENTS` on `world` ranks; what they print is appended to the file `output`.
+
+        prepare     called in each rank, with its number, before it begins
+        everywhere  so is what all runs of this process begin with
+        attach      called here with the process ids, before any rank begins
+        """
         self.codes: dict[int, int] = {}
+        first = [*(Ranks.everywhere if everywhere else []), *([prepare] if prepare is not None else [])]
         here, there = os.pipe()
-        self.pids = [_fork(rank, arguments, here, there, output, world, prepare) for rank in range(world)]
+        self.pids = [_fork(rank, arguments, here, there, output, world, first) for rank in range(world)]
         os.close(here)
+        if attach is not None:
+            attach(self.pids)
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
         os.write(there, b"%*d" % (PORT_DIGITS, self.store.port if self.store else 0) * world)
         os.close(there)
@@ -108,7 +123,7 @@ GRACE = 5.0  # seconds that the others have to end by themselves when one has fa
 
 
 def _fork(
-    rank: int, arguments: Sequence[str], here: int, there: int, output: Path, world: int, prepare: Prepare | None
+    rank: int, arguments: Sequence[str], here: int, there: int, output: Path, world: int, first: Sequence[Prepare]
 ) -> int:
     pid = os.fork()
     if pid:
@@ -122,7 +137,7 @@ def _fork(
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         port = os.read(here, PORT_DIGITS)
         if port:
-            code = _rank_main(rank, arguments, int(port), world, prepare)
+            code = _rank_main(rank, arguments, int(port), world, first)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
@@ -132,7 +147,7 @@ def _fork(
         os._exit(code)
 
 
-def _rank_main(rank: int, arguments: Sequence[str], port: int, world: int, prepare: Prepare | None) -> int:
+def _rank_main(rank: int, arguments: Sequence[str], port: int, world: int, first: Sequence[Prepare]) -> int:
     from pentode.cli import run_command
 
     torch.set_num_threads(1)
@@ -140,6 +155,6 @@ def _rank_main(rank: int, arguments: Sequence[str], port: int, world: int, prepa
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for each in [*Ranks.everywhere, *([prepare] if prepare is not None else [])]:
+    for each in first:
         each(rank)
     return run_command(list(arguments))

@@ -1,16 +1,21 @@
 """The run that all campaigns damage, kill and stop: a tiny GPT-2 on two ranks, and what it is when left alone."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability import launcher
 from benchmarks.reliability.ranks import Prepare, Ranks
 from pentode.checkpoint.folder import Checkpoint, newest
+from pentode.metrics.jsonl import read_rows
 from tests.helpers.tiny import tiny_yaml
 
+REFERENCE = "reference.json"
 INTERVAL = 3  # steps between checkpoints
 EXACT = ("step", "lm_loss", "val_loss", "grad_norm", "lr", "consumed_tokens")  # what no clock has a part in
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -18,7 +23,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2, ZeRO-1, bfloat16": {"parallelism__dp": 2, "optimizer__zero_stage": 1, "model__dtype": "bfloat16"},
     "tp2, float32": {"parallelism__tp": 2},
     "pp2, bfloat16": {"parallelism__pp": 2, "model__dtype": "bfloat16"},
+    "dp2 x tp2, ZeRO-1, bfloat16": {
+        "parallelism__dp": 2,
+        "parallelism__tp": 2,
+        "optimizer__zero_stage": 1,
+        "model__dtype": "bfloat16",
+    },
 }
+TWO_RANKS = [name for name in LAYOUTS if " x " not in name]
 ZERO = "dp2, ZeRO-1, float32"
 
 
@@ -34,15 +46,44 @@ def write_config(folder: Path, *, layout: str = ZERO, steps: int = 18, **changes
     return tiny_yaml(folder, **(settings | LAYOUTS[layout] | changes))
 
 
-def start(config: Path, root: Path, *overrides: str, world: int = 2, prepare: Prepare | None = None) -> Ranks:
-    """Train in `root`, or go on there. What is printed goes to `root`.log; reports and samples are not made."""
-    arguments = ["train", str(config), f"checkpoints.checkpoints_path={root}", *overrides]
-    return Ranks(arguments, output=log_of(root), world=world, prepare=lambda rank: _prepared(rank, prepare))
+def start(
+    config: Path,
+    root: Path,
+    *overrides: str,
+    world: int = 2,
+    prepare: Prepare | None = None,
+    attach: Callable[[list[int]], object] | None = None,
+) -> Ranks:
+    """Train in `root`, or go on there. What is printed goes to `root`.log; see `Ranks` for the rest."""
+
+    def before(rank: int) -> None:
+        without_reports(rank)
+        if prepare is not None:
+            prepare(rank)
+
+    arguments = _arguments(config, root, *overrides)
+    return Ranks(arguments, output=log_of(root), world=world, prepare=before, attach=attach)
 
 
-def train(config: Path, root: Path, *overrides: str, world: int = 2, prepare: Prepare | None = None) -> list[int]:
+def launch(config: Path, root: Path, *, world: int = 2) -> Ranks:
+    """`start` by torch's launcher."""
+    return launcher.start(_arguments(config, root), output=log_of(root), world=world, prepare=without_reports)
+
+
+def _arguments(config: Path, root: Path, *overrides: str) -> list[str]:
+    return ["train", str(config), f"checkpoints.checkpoints_path={root}", *overrides]
+
+
+def train(
+    config: Path,
+    root: Path,
+    *overrides: str,
+    world: int = 2,
+    prepare: Prepare | None = None,
+    attach: Callable[[list[int]], object] | None = None,
+) -> list[int]:
     """`start`, and the exit codes at the end."""
-    return start(config, root, *overrides, world=world, prepare=prepare).finish()
+    return start(config, root, *overrides, world=world, prepare=prepare, attach=attach).finish()
 
 
 def log_of(root: Path) -> Path:
@@ -73,6 +114,19 @@ def metrics(root: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in EXACT} for row in map(json.loads, lines)]
 
 
+def last_row(root: Path) -> int:
+    """The step of the last row of the metrics; 0 if there is none."""
+    found = read_rows(root / "metrics.jsonl")
+    return int(found[-1]["step"] or 0) if found else 0
+
+
+def last_step(root: Path) -> int:
+    """The highest number of a checkpoint's folder; -1 if there is none."""
+    with suppress(FileNotFoundError):
+        return max((int(name) for name in os.listdir(root) if name.isdigit()), default=-1)
+    return -1
+
+
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
     """In what one final state is not the other; empty if it is."""
     if found["step"] != expected["step"]:
@@ -86,17 +140,28 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
     return "" if len(found["metrics"]) == len(expected["metrics"]) else "metrics.jsonl has other rows"
 
 
-def keep_reference(folder: Path, *, config: Path) -> None:
-    """Run undisturbed in `folder`/reference, and keep its final state."""
-    root = folder / "reference"
-    codes = train(config, root)
-    assert codes == [0] * len(codes), f"the undisturbed run ended with {codes}:\n{printed(root)}"
-    (folder / "reference.json").write_text(json.dumps(final_state(root)))
+def world_of(layout: str) -> int:
+    """How many ranks a layout has."""
+    return 2 if layout in TWO_RANKS else 4
+
+
+def config_of(prepared: Path, layout: str, **settings: Any) -> Path:
+    """The config of a layout; the first to ask also has a run of it that nobody disturbs, whose end is kept."""
+    folder = prepared / layout.replace(", ", "-").replace(" ", "")
+    folder.mkdir(exist_ok=True)
+    with (folder / ".asked").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of cases at a time, one makes it
+        if not (folder / REFERENCE).exists():
+            config = write_config(folder, layout=layout, **settings)
+            codes = train(config, folder / "reference", world=world_of(layout))
+            assert not any(codes), f"the undisturbed run ended with {codes}:\n{tail(folder / 'reference')}"
+            (folder / REFERENCE).write_text(json.dumps(final_state(folder / "reference")))
+    return folder / "tiny.yaml"
 
 
 def reference(folder: Path) -> dict[str, Any]:
-    """What `keep_reference` kept."""
-    return json.loads((folder / "reference.json").read_text())
+    """The final state of the run that nobody disturbed, kept beside its config."""
+    return json.loads((folder / REFERENCE).read_text())
 
 
 def leftovers(root: Path) -> list[str]:
@@ -114,18 +179,18 @@ def tail(root: Path, lines: int = 12) -> str:
     return "\n".join(printed(root).splitlines()[-lines:])
 
 
-def _prepared(rank: int, more: Callable[[int], object] | None) -> None:
+def without_reports(rank: int) -> None:
+    """Have a process make no report after a save and no sample at the end: they take ten times what all else takes."""
     import pentode.generate.closing
     import pentode.report.page
 
-    pentode.report.page.write_report = lambda root: root  # it takes ten times what a step takes
+    pentode.report.page.write_report = lambda root: root
     pentode.generate.closing.closing_sample = lambda run, root: None
-    if more is not None:
-        more(rank)
 
 
 def as_expected(codes: Sequence[int], root: Path, folder: Path) -> str:
-    """Empty if a run ended well and as the reference did; else what is not so."""
+    """Empty if a run ended well, as the one in `folder` that nobody disturbed; else what is not so."""
     if any(codes):
         return f"the run ended with {list(codes)}:\n{tail(root)}"
-    return difference(final_state(root), reference(folder)) or ", ".join(leftovers(root))
+    aside = [name for name in os.listdir(root) if name.startswith(".bad-")]
+    return difference(final_state(root), reference(folder)) or ", ".join(leftovers(root) + aside)

@@ -7,7 +7,16 @@ import pytest
 from benchmarks.reliability.campaign import conduct
 from benchmarks.reliability.campaigns import CAMPAIGNS
 
-SHORT = {"power-loss": (300, 0), "power-loss-controls": (None, 0), "damages": (40, 8), "io-errors": (10, 3)}
+SHORT = {  # cases, and cases of a pentode that is broken on purpose
+    "kills": (2, 2),
+    "crash-points": (8, 2),
+    "crash-points-strace": (3, 0),
+    "power-loss": (300, 0),
+    "power-loss-controls": (None, 0),
+    "damages": (40, 6),
+    "io-errors": (10, 2),
+    "preemptions": (5, 3),
+}
 SEED = 1  # another than the long form's
 
 
@@ -16,6 +25,8 @@ def test_a_campaign_ends_as_promised_and_would_notice_if_not(tmp_path: Path, nam
     cases, control = SHORT[name]
     result = conduct(CAMPAIGNS[name], tmp_path / name, cases=cases, control=control, seed=SEED)
     print(result.line())
+    if result.left_out:
+        pytest.skip(result.left_out)
     assert not result.problems, "\n".join(result.problems)
-    assert result.cases >= (cases or 5)
+    assert result.cases >= (cases or 8)
     assert bool(result.control) == bool(control)
