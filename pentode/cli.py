@@ -199,16 +199,21 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder: checkpoints
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="a checkpoint's folder, a run's, or a Hugging Face folder")],
+    source: Annotated[
+        Path, typer.Argument(help="a checkpoint's folder, a run's, a Hugging Face folder, or Nanotron's")
+    ],
     target: Annotated[Path, typer.Argument(help="the folder to write, which must not be there")],
-    to: Annotated[str | None, typer.Option(help="hf or pentode; else what SOURCE is not")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--from", help="pentode, hf or nanotron; else as SOURCE's files say")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="hf or pentode; else hf of a checkpoint, pentode of others")] = None,
     dtype: Annotated[str | None, typer.Option(help="round the weights to float32, float64 or bfloat16")] = None,
     max_shard_size: Annotated[str, typer.Option(help="cut a Hugging Face folder's weights into files of this")] = "5GB",
 ) -> None:
-    """Make a Hugging Face folder of a checkpoint, or a checkpoint of a Hugging Face folder."""
+    """Make a Hugging Face folder of a checkpoint, or a checkpoint of a Hugging Face or Nanotron folder."""
     from pentode.convert.command import convert as converted
 
-    for line in converted(source, target, to=to, dtype=dtype, max_shard_size=max_shard_size):
+    for line in converted(source, target, kind=kind, to=to, dtype=dtype, max_shard_size=max_shard_size):
         typer.echo(line)
 
 

@@ -8,7 +8,7 @@ import torch
 from pentode.checkpoint.folder import reason
 from pentode.checkpoint.manifest import parse_json
 from pentode.checkpoint.names import our_tensors
-from pentode.checkpoint.stored import InFile, Weights
+from pentode.checkpoint.stored import InFile, StoredTensor, Weights
 from pentode.checkpoint.tensor_file import open_tensor_file
 from pentode.config.kinds.shape import Shape
 from pentode.config.schema import ModelConfig
@@ -48,7 +48,8 @@ def hf_shape(folder: Path) -> Shape:
 
 def hf_weights(folder: Path, names: NameTable, *, tied: bool) -> Weights:
     """The weights in the folder, by our names; no more than headers is read. Raises CheckpointError."""
-    tensors = our_tensors(names, _tensors(folder), tied=tied, where=str(folder))
+    theirs = {name: StoredTensor.of(tensor) for name, tensor in _tensors(folder).items()}
+    tensors = our_tensors(names, theirs, tied=tied, where=str(folder))
     for tensor in tensors.values():
         for box in tensor.boxes:
             dtype = box.tensor.dtype

@@ -1,10 +1,10 @@
 """Another library's names of weights, and how its tensors make up ours, by a model's table. No disk access here."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pentode.checkpoint.stored import InFile, Stored, StoredTensor
+from pentode.checkpoint.stored import Stored, StoredTensor
 from pentode.errors import CheckpointError
 from pentode.nn.names import NameTable
 from pentode.parallel.shards import Block
@@ -25,7 +25,9 @@ class Theirs(NamedTuple):
         return self.block.shape[::-1] if self.transposed else self.block.shape
 
 
-def our_tensors(names: NameTable, theirs: Mapping[str, InFile], *, tied: bool, where: str) -> dict[str, StoredTensor]:
+def our_tensors(
+    names: NameTable, theirs: Mapping[str, StoredTensor], *, tied: bool, where: str
+) -> dict[str, StoredTensor]:
     """Our tensors, made up of theirs: of a whole model or its bare trunk; some files of tied models repeat the head.
 
     where   for messages: whose they are
@@ -35,7 +37,9 @@ def our_tensors(names: NameTable, theirs: Mapping[str, InFile], *, tied: bool, w
     unread = {_full_name(name, names): tensor for name, tensor in theirs.items()}
     unread = {name: tensor for name, tensor in unread.items() if not _ignored(name, names)}
     head, embedding = names.tied
-    again = unread.pop(head, None) if tied and embedding in unread else None
+    again = unread.pop(head, None) if tied else None
+    if again is not None and embedding not in unread:
+        unread[embedding] = again
     ours: dict[str, StoredTensor] = {}
     for rule in names.rules:
         for numbers in _numbers(rule.theirs[0], unread):
@@ -46,9 +50,9 @@ def our_tensors(names: NameTable, theirs: Mapping[str, InFile], *, tied: bool, w
             parts = [unread.pop(name) for name in wanted]
             joined = _joined(parts, transposed=rule.transposed)
             if joined is None:
-                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                shapes = ", ".join(str(list(part.global_shape)) for part in parts)
                 raise CheckpointError(f"{where}: {', '.join(wanted)} are {shapes}, which fit no layer")
-            if again is not None and wanted == [embedding]:
+            if again is not None and wanted == [embedding] and again is not parts[0]:
                 joined = _with_copy(joined, again, where=where, names=names)
             ours[rule.ours.format(*numbers)] = joined
     if unread:
@@ -73,27 +77,29 @@ def their_tensors(names: NameTable, specs: Mapping[str, ParamSpec]) -> Iterator[
         raise CheckpointError(f"Hugging Face has no name for {min(unwritten)} ({len(unwritten)} such)")
 
 
-def _joined(parts: Collection[InFile], *, transposed: bool) -> StoredTensor | None:
+def _joined(parts: Sequence[StoredTensor], *, transposed: bool) -> StoredTensor | None:
     """Tensors joined along our dim 0; None where they do not fit together."""
-    shapes = [part.shape[::-1] if transposed else part.shape for part in parts]
+    turn = -1 if transposed else 1
+    shapes = [part.global_shape[::turn] for part in parts]
     if not all(shape and shape[1:] == shapes[0][1:] for shape in shapes):
         return None
     boxes, at = [], 0
     for part, shape in zip(parts, shapes, strict=True):
-        rest = (0,) * len(shape[1:])
-        boxes.append(Stored(Block((at, *rest), shape), part, (0, *rest), transposed))
+        for box in part.boxes:
+            first, *rest = box.block.start[::turn]
+            block = Block((at + first, *rest), box.block.shape[::turn])
+            boxes.append(Stored(block, box.tensor, box.start[::turn], transposed))
         at += shape[0]
     return StoredTensor((at, *shapes[0][1:]), boxes)
 
 
-def _with_copy(tensor: StoredTensor, copy: InFile, *, where: str, names: NameTable) -> StoredTensor:
+def _with_copy(tensor: StoredTensor, copy: StoredTensor, *, where: str, names: NameTable) -> StoredTensor:
     """The embedding of a tied model of which the files hold the output layer too."""
-    again = _joined([copy], transposed=False)
-    if again is None or again.global_shape != tensor.global_shape:
+    if copy.global_shape != tensor.global_shape:
         raise CheckpointError(
             f"{where}: {names.tied[0]} differs from {names.tied[1]}; tie_word_embeddings should be false"
         )
-    return StoredTensor(tensor.global_shape, tensor.boxes, again.boxes)
+    return StoredTensor(tensor.global_shape, tensor.boxes, copy.boxes)
 
 
 def _full_name(name: str, names: NameTable) -> str:

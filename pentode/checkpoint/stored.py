@@ -90,6 +90,12 @@ class StoredTensor:
     boxes: Sequence[Stored]
     again: Sequence[Stored] = ()
 
+    @classmethod
+    def of(cls, tensor: InFile) -> "StoredTensor":
+        """One that a file holds whole."""
+        origin = (0,) * len(tensor.shape)
+        return cls(tensor.shape, [Stored(Block(origin, tensor.shape), tensor, origin)])
+
     @property
     def dtype(self) -> torch.dtype:
         """One that holds all of its values."""

@@ -1,4 +1,4 @@
-"""`pentode convert`: a checkpoint becomes a Hugging Face folder, or the other way round."""
+"""`pentode convert`: a checkpoint becomes a Hugging Face folder, or another library's folder becomes a checkpoint."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -10,56 +10,47 @@ import torch
 from pentode.checkpoint import storage
 from pentode.checkpoint.manifest import STEP_NAME
 from pentode.checkpoint.stored import Weights
-from pentode.config.load import load_config
 from pentode.convert.to_hf import SHARD, shard_bytes, write_hf
 from pentode.convert.to_pentode import write_checkpoint
 from pentode.data.tokenizer import OURS, THEIRS, load_tokenizer
 from pentode.errors import ConfigError
 from pentode.run.build import DTYPES
-from pentode.run.existing import HF, PENTODE, Existing, Kind, kind_of, open_existing
+from pentode.run.existing import HF, NANOTRON, PENTODE, Existing, Kind, kind_of, open_existing
+
+KINDS: dict[str, Kind] = {kind: kind for kind in (PENTODE, HF, NANOTRON)}
 
 
 def convert(
-    source: Path, target: Path, *, to: str | None = None, dtype: str | None = None, max_shard_size: str = SHARD
+    source: Path,
+    target: Path,
+    *,
+    kind: str | None = None,
+    to: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = SHARD,
 ) -> Iterator[str]:
     """Write `target`, which appears when it is whole; gives the lines to print. A tensor is in memory at a time.
 
-    source          a checkpoint's folder, a run's (its newest checkpoint), or a Hugging Face folder
-    to              "hf" or "pentode"; None: what the source is not
+    source          a checkpoint's folder, a run's (its newest checkpoint), a Hugging Face folder, or Nanotron's
+    kind            which of these it is: "pentode", "hf" or "nanotron"; None: as its files tell
+    to              "hf" or "pentode"; None: "hf" from a checkpoint of ours, else "pentode"
     dtype           of the weights there; None: what they have
     max_shard_size  of a Hugging Face folder's files, as "5GB"
     """
-    kind = kind_of(source)
-    _refuse(kind, target, to=to, dtype=dtype)
+    if kind is not None and kind not in KINDS:
+        raise ConfigError([f"command line: --from {kind}: is unknown; use {', '.join(KINDS)}"])
+    known = KINDS[kind] if kind is not None else kind_of(source)
+    goal = to or (HF if known == PENTODE else PENTODE)
+    _refuse(known, target, to=goal, dtype=dtype)
     wanted, limit = None if dtype is None else DTYPES[dtype], shard_bytes(max_shard_size)
-    existing = open_existing(source)
-    if kind == PENTODE:
-        notes = appears(target, lambda folder: export(existing, folder, dtype=wanted, limit=limit))
-        yield f"wrote {target}: the weights of {existing.weights.where}, for Hugging Face"
+    existing = open_existing(source, kind=known)
+    notes = appears(target, lambda folder: _write(existing, folder, goal, dtype=wanted, limit=limit))
+    whose = existing.weights.where
+    if goal == HF:
+        yield f"wrote {target}: the weights of {whose}, for Hugging Face"
     else:
-        notes = appears(target, lambda folder: _take_over(existing, source, folder, wanted))
-        yield f"wrote {target}: the weights of {source}; begin with checkpoints.resume_checkpoint_path={target}"
-        yield "and checkpoints.load_optimizer=false"
+        yield f"wrote {target}: the weights of {whose}; begin with them by model.init_method={{path: {target}}}"
     yield from (f"note: {note}" for note in notes)
-
-
-def export(existing: Existing, folder: Path, *, dtype: torch.dtype | None, limit: int) -> list[str]:
-    """Write a checkpoint's weights and tokenizer into an empty folder, for Hugging Face; gives notes to its reader."""
-    checkpoint = existing.checkpoint
-    assert checkpoint is not None, f"{existing.said_by} is no checkpoint's"
-    files = [name for name in (OURS, *THEIRS) if name in checkpoint.manifest.files]
-    kept = DTYPES[load_config(existing.said_by).model.dtype]
-    write_hf(
-        folder,
-        existing.shape,
-        existing.weights,
-        dtype=dtype or kept,
-        limit=limit,
-        files={name: checkpoint.file(name) for name in files},
-    )
-    if OURS in files:
-        return [f"its tokenizer is Pentode's own ({OURS}), which Hugging Face does not read"]
-    return [] if files else ["it has no tokenizer, so the folder has none"]
 
 
 def appears(target: Path, write: Callable[[Path], list[str]]) -> list[str]:
@@ -77,9 +68,9 @@ def appears(target: Path, write: Callable[[Path], list[str]]) -> list[str]:
     return notes
 
 
-def _refuse(kind: Kind, target: Path, *, to: str | None, dtype: str | None) -> None:
+def _refuse(kind: Kind, target: Path, *, to: str, dtype: str | None) -> None:
     found = []
-    if to not in (None, HF, PENTODE):
+    if to not in (HF, PENTODE):
         found.append(f"command line: --to {to}: is unknown; use {HF} or {PENTODE}")
     elif to == kind:
         found.append(f"command line: --to {to}: is what the source is; nothing is to be done")
@@ -87,22 +78,37 @@ def _refuse(kind: Kind, target: Path, *, to: str | None, dtype: str | None) -> N
         found.append(f"command line: --dtype {dtype}: is unknown; use {', '.join(DTYPES)}")
     if target.exists() or target.is_symlink():
         found.append(f"{target}: is there already; name a folder that is not")
-    elif kind == HF and STEP_NAME.fullmatch(target.name) and target.name != "0":
+    elif to == PENTODE and STEP_NAME.fullmatch(target.name) and target.name != "0":
         found.append(f"{target}: a folder named {target.name} would be that step's checkpoint; choose another name")
     if found:
         raise ConfigError(found)
 
 
-def _take_over(existing: Existing, source: Path, folder: Path, dtype: torch.dtype | None) -> list[str]:
-    """Write another library's weights and tokenizer into an empty folder, as a checkpoint."""
-    files, notes = {}, []
-    if (source / OURS).is_file() or (source / "tokenizer.json").is_file():
-        files = load_tokenizer(str(source.absolute())).files()
+def _write(existing: Existing, folder: Path, to: str, *, dtype: torch.dtype | None, limit: int) -> list[str]:
+    """Write weights and tokenizer into an empty folder; what its reader should know."""
+    files, notes = _tokenizer(existing), []
+    if not files:
+        notes.append("there is no tokenizer, so none is written, and the model cannot write text by itself")
+    elif OURS in files and to == HF:
+        notes.append(f"its tokenizer is Pentode's own ({OURS}), which Hugging Face does not read")
+    if existing.kind == NANOTRON and getattr(existing.shape, "rope_scaling", None) is not None:
+        notes.append("rope_scaling is taken as it is written; Kenotron acts on it, Nanotron never did")
+    dtype = dtype or _common(existing.weights)
+    if to == HF:
+        write_hf(folder, existing.shape, existing.weights, dtype=dtype, limit=limit, files=files)
     else:
-        notes.append("there is no tokenizer.json, so the checkpoint cannot write text")
-    kept = dtype or _common(existing.weights)
-    write_checkpoint(folder, existing.shape, existing.weights, dtype=kept, files=files)
+        write_checkpoint(folder, existing.shape, existing.weights, dtype=dtype, files=files)
     return notes
+
+
+def _tokenizer(existing: Existing) -> dict[str, bytes]:
+    """The files of the tokenizer that is with the weights, by name; none where there is none."""
+    checkpoint, folder = existing.checkpoint, existing.said_by.parent
+    if checkpoint is not None:
+        return {name: checkpoint.file(name) for name in (OURS, *THEIRS) if name in checkpoint.manifest.files}
+    if (folder / OURS).is_file() or (folder / "tokenizer.json").is_file():
+        return load_tokenizer(str(folder.absolute())).files()
+    return {}
 
 
 def _common(weights: Weights) -> torch.dtype:

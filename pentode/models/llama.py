@@ -142,3 +142,26 @@ HF_NAMES = NameTable(
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     ignored=(r".*\.rotary_emb\.inv_freq",),
 )
+
+NANOTRON_NAMES = (
+    NameTable(  # of its Llama, and of its Qwen2, whose plain shapes are Llama's; q, k, v are fused there too
+        rules=(
+            rule("embed.weight", "model.token_position_embeddings.pp_block.token_embedding.weight"),
+            *(
+                rule(f"layers.{{}}.{ours}.weight", f"model.decoder.{{}}.pp_block.{theirs}.weight")
+                for ours, theirs in {
+                    "attn_norm": "input_layernorm",
+                    "attn.qkv": "attn.qkv_proj",
+                    "attn.out": "attn.o_proj",
+                    "mlp_norm": "post_attention_layernorm",
+                    "mlp.gate_up": "mlp.gate_up_proj",
+                    "mlp.down": "mlp.down_proj",
+                }.items()
+            ),
+            rule("norm.weight", "model.final_layer_norm.pp_block.weight"),
+            rule("head.weight", "model.lm_head.pp_block.weight"),
+        ),
+        prefix="model.",
+        tied=("model.lm_head.pp_block.weight", "model.token_position_embeddings.pp_block.token_embedding.weight"),
+    )
+)

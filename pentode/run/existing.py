@@ -1,7 +1,7 @@
 """Weights that exist already: recognised by their folder, described, and any part of them read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,21 +13,25 @@ from pentode.checkpoint.hf import CONFIG, hf_shape, hf_weights, is_hf_folder
 from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import weights_of
 from pentode.checkpoint.manifest import MANIFEST
+from pentode.checkpoint.nanotron import SHAPE as NANOTRON_SHAPE
+from pentode.checkpoint.nanotron import is_nanotron_folder, nanotron_folder, nanotron_shape, nanotron_weights
 from pentode.checkpoint.stored import Weights
-from pentode.config.check import problems
+from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.kinds.shape import Shape
 from pentode.config.load import load_config
 from pentode.config.schema import Config
 from pentode.dist.mesh import Mesh
 from pentode.errors import CheckpointError, ConfigError
+from pentode.models.llama import NANOTRON_NAMES
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
 from pentode.parallel.spec import ParamSpec, specs_of
-from pentode.run.bare_config import config_of
+from pentode.run.bare_config import shape_of
 
-Kind = Literal["pentode", "hf"]
+Kind = Literal["pentode", "hf", "nanotron"]
 PENTODE: Kind = "pentode"
 HF: Kind = "hf"
+NANOTRON: Kind = "nanotron"
 
 # Fields of a shape that weights do not hang on: they say how to train, or what to write into exported models.
 FREE = {"bos_token_id", "eos_token_id", "pad_token_id", "z_loss_enabled", "z_loss_coefficient"}
@@ -55,33 +59,50 @@ class Existing:
 
 def kind_of(path: Path) -> Kind:
     """What a folder is; CheckpointError where it holds no model."""
-    if (path / MANIFEST).exists() or steps(path):
+    inside = steps(path)
+    if (path / MANIFEST).exists() or any((step / MANIFEST).exists() for step in inside):
         return PENTODE
     if is_hf_folder(path):
         return HF
+    if is_nanotron_folder(path):
+        return NANOTRON
+    if inside:
+        return PENTODE  # a run's, whose checkpoints are all damaged
     raise CheckpointError(
         f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face folder with config.json and "
-        "model.safetensors; give one of them"
+        "model.safetensors, nor Nanotron's; give one of them"
     )
 
 
-def open_existing(path: Path, *, masters: bool = False) -> Existing:
-    """Find the weights in a folder: a checkpoint's, a run's (its newest), or a Hugging Face model's.
+def open_existing(path: Path, *, kind: Kind | None = None, masters: bool = False) -> Existing:
+    """Find the weights in a folder: a checkpoint's, a run's (its newest), or another library's.
 
+    kind      what it is; None: as its files tell
     masters   of a checkpoint, take the masters that its weights were rounded from
 
     Raises CheckpointError or ConfigError, a line, where they are not there whole or are those of a model not built.
     """
-    if kind_of(path) == PENTODE:
+    kind = kind or kind_of(path)
+    if kind == PENTODE:
         checkpoint = find_checkpoint(path)
         checkpoint.file("config.yaml")  # proves its checksum
         said_by = checkpoint.folder / "config.yaml"
         shape, weights = load_config(said_by).model.model_config, weights_of(checkpoint, masters=masters)
-        existing = Existing(PENTODE, shape, said_by, weights, checkpoint)
-    else:
-        shape = _possible(hf_shape(path), path)
+        existing = Existing(kind, shape, said_by, weights, checkpoint)
+    elif kind == HF:
+        said_by, shape = path / CONFIG, hf_shape(path)
+        shape_of(asdict(shape), said_by=said_by)  # pyright: ignore[reportArgumentType]
         weights = hf_weights(path, model_for(shape).HF_NAMES, tied=shape.tied)
-        existing = Existing(HF, shape, path / CONFIG, weights)
+        existing = Existing(kind, shape, said_by, weights)
+    else:
+        folder = nanotron_folder(path)
+        said_by = folder / NANOTRON_SHAPE
+        shape = shape_of(nanotron_shape(folder), said_by=said_by)
+        if not isinstance(shape, LlamaConfig):
+            raise ConfigError(
+                [f"{said_by}: a model of type {_word(shape, 'type')} of Nanotron's is not read; Llama is"]
+            )
+        existing = Existing(kind, shape, said_by, nanotron_weights(folder, NANOTRON_NAMES, tied=shape.tied))
     existing.weights.compare(specs_of_shape(shape))
     return existing
 
@@ -142,14 +163,6 @@ def specs_of_shape(shape: Shape) -> dict[str, ParamSpec]:
         vocab_size_padded=shape.vocab_size,
     )
     return specs_of(model)
-
-
-def _possible(shape: Shape, path: Path) -> Shape:
-    """A shape that a folder names, if a model can have it; else ConfigError."""
-    found = problems(config_of(shape, torch.float32), world_size=1)
-    if found:
-        raise ConfigError([f"{path}: {problem}" for problem in found])
-    return shape
 
 
 def _word(shape: Shape, name: str) -> object:

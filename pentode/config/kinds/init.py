@@ -39,5 +39,5 @@ class ExistingCheckpointInit:
 
     type: Literal["checkpoint"] = Field("checkpoint", repr=False, description=KIND)
     path: Annotated[Path, Field(strict=False)] = Field(
-        description="a Hugging Face folder, a checkpoint's, or a run's (its newest checkpoint)"
+        description="a Hugging Face folder, a checkpoint's (Nanotron's too), or a run's (its newest)"
     )
