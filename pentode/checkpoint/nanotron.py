@@ -17,7 +17,7 @@ from pentode.checkpoint.stored import InFile, Stored, StoredTensor, Weights
 from pentode.checkpoint.tensor_file import open_tensor_file
 from pentode.errors import CheckpointError
 from pentode.nn.names import NameTable
-from pentode.parallel.shards import Block
+from pentode.parallel.shards import Block, disjoint
 
 SHAPE = "model_config.json"
 MODEL = "model"
@@ -104,7 +104,9 @@ def _part(path: Path) -> StoredTensor:
     shape = _numbers(metadata.get(WHOLE, ""))
     boxes = [_box(tensor, shape, pair) for pair in metadata[PAIRS].split(";")] if shape is not None else [None]
     known = [box for box in boxes if box is not None]
-    if shape is None or len(known) < len(boxes) or sum(prod(box.block.shape) for box in known) != prod(tensor.shape):
+    inside = [Block(box.start, box.block.shape) for box in known]
+    covered = sum(prod(block.shape) for block in inside) == prod(tensor.shape) and disjoint(inside)
+    if shape is None or len(known) < len(boxes) or not covered:
         said = f"{metadata.get(WHOLE)}, {metadata[PAIRS]}"
         raise CheckpointError(f"{path}: its slices do not describe a shard of {list(tensor.shape)} ({said[:200]})")
     return StoredTensor(shape, known)

@@ -148,6 +148,7 @@ def of_datastates(folder: Path) -> None:
 
 
 SLICES = "local_global_slices_pairs"
+TWICE = "0,16,None|None,None,None#16,32,None|None,None,None;0,16,None|None,None,None#48,64,None|None,None,None"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ SLICES = "local_global_slices_pairs"
         (header({"unsharded_shape": "(96, 32)"}), 66, "are of [64, 32] and [96, 32]"),
         (header({SLICES: "0,64,None|None,None,None#0,64,None|None,None,None"}), 66, "its slices do not describe"),
         (header({SLICES: "0,16,2|None,None,None#0,16,None|None,None,None"}), 66, "its slices do not describe"),
+        (header({SLICES: TWICE}), 66, "its slices do not describe"),
         (header({SLICES: ""}), 66, "its slices do not describe a shard of [32, 32]"),
         (described(hidden_size=64), 66, "is [64, 32], by model_config.json [64, 64]"),
         (described(num_hidden_layers=2), 66, "layers.2.attn.out.weight is there"),
