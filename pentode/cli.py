@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -82,11 +82,21 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
         arguments = ["train", str(file), *overrides, *(["--fresh"] if fresh else [])]
         raise typer.Exit(start_local(nproc, arguments))
 
+    from pentode.convert.beside import HFFolders
+    from pentode.dist import launch
     from pentode.generate.closing import closing_sample
     from pentode.report.page import write_report
-    from pentode.train.start import start
+    from pentode.train.start import AfterSave, AtEnd, start
 
-    start(config, notes=notes, fresh=fresh, after_save=[write_report], at_end=[closing_sample])
+    after_save: list[AfterSave] = [write_report]
+    at_end: list[AtEnd] = [closing_sample]
+    with ExitStack() as held:
+        if config.checkpoints.save_hf and launch.world().rank == 0:
+            uploaded = isinstance(config.checkpoints.checkpoints_path, str) or config.s3_upload is not None
+            folders = held.enter_context(HFFolders(config.checkpoints.folder, prune=not uploaded))
+            after_save.append(folders.wake)
+            at_end.append(lambda run, root: folders.finish())
+        start(config, notes=notes, fresh=fresh, after_save=after_save, at_end=at_end)
 
 
 def launched() -> bool:

@@ -49,6 +49,8 @@ RUN_FILES = (
     "sample.txt",
     "logs/rank-*.log",
     "from-s3",
+    "hf/[0-9]*",
+    "hf/.tmp-*",
     ".bad-*",
     ".metrics.jsonl.tmp",
     ".report.html.tmp",
@@ -172,7 +174,7 @@ def remove_run(root: Path) -> None:
         trash = root / _passing("trash", "run")
         storage.make_folder(trash)
         for path in [*checkpoints, *(found for pattern in RUN_FILES for found in sorted(root.glob(pattern)))]:
-            storage.rename(path, trash / path.name)
+            storage.rename(path, trash / "-".join(path.relative_to(root).parts))
         clean(root)
 
 

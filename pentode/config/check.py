@@ -14,6 +14,7 @@ from pentode.config.places import problem_of
 from pentode.config.schema import Config
 from pentode.config.tree import Path, Problem, Section, path_of
 from pentode.config.validate import shown
+from pentode.errors import ConfigError
 
 QUOTE = "'"
 FLOAT8_MULTIPLE = 16  # of which all sizes of a float8 product must be, as the hardware multiplies
@@ -319,6 +320,15 @@ def _patterns(c: Config) -> Found:
             yield f"optimizer.weight_decay_exclude_named_params.{i}", f"{pattern!r} is no regular expression: {error}"
 
 
+def _hugging_face(c: Config) -> Found:
+    if c.checkpoints.save_hf:
+        shape = c.model.model_config
+        try:
+            (shape if shape.vocab_size > 0 else shape.with_vocab_size(1)).to_hf()
+        except ConfigError as error:
+            yield "checkpoints.save_hf", f"true, but {'; '.join(error.problems)}; leave it out"
+
+
 def _object_stores(c: Config) -> Found:
     path, upload = c.checkpoints.checkpoints_path, c.s3_upload
     urls = {f"checkpoints.{key}": getattr(c.checkpoints, key) for key in ("checkpoints_path", "resume_checkpoint_path")}
@@ -358,6 +368,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _schedule,
     _lowest_rate,
     _patterns,
+    _hugging_face,
     _object_stores,
 )
 

@@ -149,6 +149,9 @@ class CheckpointsArgs:
     checkpoint_interval: AtLeastOne = Field(description="steps between checkpoints")
     save_initial_state: bool = Field(False, description="also save before the first step")
     save_final_state: bool = Field(True, description="also save after the last step")
+    save_hf: bool = Field(
+        False, description="also write each checkpoint as a Hugging Face folder, hf/<step>, beside the training"
+    )
     resume_checkpoint_path: S3Url | FilePath | None = Field(
         None,
         description="start an empty checkpoints_path from here: a checkpoint, or a folder of them (the newest), or s3://",

@@ -1,0 +1,131 @@
+"""Hugging Face folders beside a run's checkpoints, written by a process of its own while training goes on.
+
+`<run>/hf/<step>` is made of the published files of checkpoint `<step>`, so that no step waits for it. It appears when
+it is whole; what cannot be written is a line in the log and never ends the run.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from pentode import log
+from pentode.checkpoint import storage
+from pentode.checkpoint.folder import steps
+from pentode.checkpoint.manifest import MANIFEST
+
+FOLDER = "hf"
+NICE = 19  # the lowest priority: whatever the training leaves
+CONVERT = [sys.executable, "-m", "pentode", "convert"]
+SOURCE = Path(__file__).parents[2]  # where this package is, for the process that is started
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class HFFolders:
+    """Keeps `root`/hf up to date while it is entered; leaving it waits for what is missing, or gives up on an error.
+
+    prune   remove a folder whose checkpoint the run has removed
+    """
+
+    def __init__(self, root: Path, *, prune: bool) -> None:
+        self.root, self.prune = root, prune
+        self._seen: set[str] = set()
+        self._failed: set[str] = set()
+        self._child: tuple[str, subprocess.Popen[bytes], IO[bytes]] | None = None
+        self._one_at_a_time = threading.RLock()  # a save may end in a thread of its own
+
+    def __enter__(self) -> "HFFolders":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if value is None:
+                self.finish()
+        finally:
+            self._give_up()
+
+    def wake(self, root: Path) -> None:
+        """Look which checkpoints there are in `root`, and begin with what is missing; returns at once."""
+        with self._one_at_a_time:
+            self.root = root
+            try:
+                self._look()
+            except OSError as error:
+                log.warning(f"{root / FOLDER}: cannot be written, training goes on ({error})")
+
+    def finish(self) -> None:
+        """Return when every checkpoint has its folder, or has failed to get one."""
+        self.wake(self.root)
+        while self._child is not None:
+            step, process, _ = self._child
+            log.info(f"Waiting for {self.root / FOLDER / step}")
+            process.wait()
+            self.wake(self.root)
+
+    def _look(self) -> None:
+        if self._child is not None and self._child[1].poll() is None:
+            return
+        self._collect()
+        there = [folder.name for folder in steps(self.root) if (folder / MANIFEST).exists()]
+        folder = self.root / FOLDER
+        if self.prune:
+            for step in self._seen.difference(there):
+                if (folder / step).is_dir():
+                    storage.remove(folder / step)
+        self._seen |= set(there)
+        for leftover in folder.glob(".tmp-*"):  # of a process that was killed
+            storage.remove(leftover)
+        missing = [step for step in there if not (folder / step).exists() and step not in self._failed]
+        if missing:
+            self._start(missing[0])
+
+    def _start(self, step: str) -> None:
+        """Begin to convert a checkpoint, in a process that has no GPU and no part in the run's world."""
+        storage.make_folder(self.root / FOLDER)
+        environment = {name: text for name, text in os.environ.items() if name not in OF_RANKS}
+        paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+        source, target = (str(path.absolute()) for path in (self.root / step, self.root / FOLDER / step))
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended); a pipe could fill up
+        process = subprocess.Popen(
+            [*CONVERT, source, target, "--from", "pentode", "--to", "hf"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C is for the run
+        )
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICE)
+        self._child = step, process, errors
+
+    def _collect(self) -> None:
+        """Take note of what became of the process that has ended."""
+        if self._child is None:
+            return
+        (step, process, errors), self._child = self._child, None
+        with errors:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+        if process.returncode and ((self.root / step).exists() or not self.prune):  # else it was pruned meanwhile
+            self._failed.add(step)
+            why = said[-1] if said else f"exit code {process.returncode}"
+            log.warning(f"{self.root / FOLDER / step}: could not be written, training goes on ({why})")
+
+    def _give_up(self) -> None:
+        """End the process, if there is one, and remove what it began."""
+        if self._child is None:
+            return
+        _, process, errors = self._child
+        self._child = None
+        process.kill()
+        process.wait()
+        errors.close()
+        for leftover in (self.root / FOLDER).glob(".tmp-*"):
+            with suppress(OSError):
+                storage.remove(leftover)
