@@ -64,7 +64,7 @@ def breakdown(events: list[dict[str, Any]], *, steps: int) -> tuple[dict[str, fl
 
 def _kind(name: str, span: Span, ranges: dict[str, list[Span]]) -> str:
     low = name.lower()
-    if low.startswith("nccl"):
+    if low.startswith("nccl") or "ptop" in low:  # also copies between GPUs
         return "communication"
     for kind, spans in ranges.items():
         if any(begin <= span[0] < end for begin, end in spans):
