@@ -5,7 +5,8 @@ store; its own repetitions are off, since `retry.Patience` bounds all of them. L
 several at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +23,8 @@ PART = 16 * 2**20  # bytes sent or asked for in one request
 MOST_PARTS = 9000  # of an object; S3 allows 10,000
 REMOVED_AT_ONCE = 1000  # the most that S3 takes
 CONNECTIONS = 128  # at most, to the store
-SECONDS = 60.0  # without a byte, after which a connection counts as lost
+SECONDS = 60.0  # without a byte of an answer, after which a connection counts as lost
+WHOLE = 3.0  # times as long for all of a request of at most PART bytes: nothing else notices that none of it is taken
 
 T = TypeVar("T")
 
@@ -135,7 +137,7 @@ class Objects:
         path = f"{self.bucket}/{self.prefix}{name}"
 
         def read() -> bytes:
-            data = self._understood(lambda: self._store.cat_file(path, start=start, end=stop))
+            data = self._understood(lambda store: store._cat_file(path, start=start, end=stop))
             if len(data) != stop - start:
                 raise PassingError(f"{len(data):,} bytes came of {stop - start:,}")
             return data
@@ -146,7 +148,9 @@ class Objects:
         return self._patient(patience, lambda: self._once(method, **asked))
 
     def _once(self, method: str, **asked: Any) -> dict[str, Any]:
-        return self._understood(lambda: self._store.call_s3(method, Bucket=self.bucket, **asked))
+        return self._understood(
+            lambda store: store._call_s3(method, Bucket=self.bucket, **asked), size=len(asked.get("Body", b""))
+        )
 
     def _patient(self, patience: Patience, function: Callable[[], T]) -> T:
         try:
@@ -154,11 +158,17 @@ class Objects:
         except GivenUpError as error:
             raise StorageError(f"{patience.what}: {error}; check the network and the store") from error
 
-    def _understood(self, function: Callable[[], T]) -> T:
+    def _understood(self, request: Callable[[Any], Awaitable[T]], *, size: int = 0) -> T:
+        """What a request gives, in time; `size` bytes go with it."""
+        from fsspec.asyn import sync
+
+        store, seconds = self._store, WHOLE * self.seconds * max(1.0, size / PART)
+
+        async def in_time() -> T:
+            return await asyncio.wait_for(request(store), seconds)
+
         try:
-            return function()
-        except PassingError:
-            raise
+            return sync(store.loop, in_time)
         except Exception as error:
             if code_of(error) in RENEWS:
                 self._store = self._connected()

@@ -54,6 +54,11 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="s3-upload", daemon=True)
         self._thread.start()
 
+    def begin(self) -> None:
+        """Queue what a former process left unsent, without waiting for a place."""
+        with self._changed:
+            self._collect()
+
     def offer(self, root: Path) -> None:
         """Queue what `root` holds and the store lacks; wait while more than `places` wait behind the one being sent."""
         with self._changed:
@@ -143,6 +148,8 @@ class Uploader:
         try:
             self.remote.send_run_files(self.root, patience)
         except (PentodeError, OSError) as error:
+            if self._closed:
+                return None
             log.once(f"{error}; the report in the store is not the newest", key="run files")
         return None
 

@@ -67,7 +67,7 @@ class Copies:
             left = self.uploader.unsent()
             self.uploader.close()
             if left:
-                log.warning(f"{self._unsent(left)}; the next start of this run sends them")
+                log.warning(f"{self._unsent(left)}; the next start sends what is missing")
 
     def begin(self, *, fresh: bool) -> None:
         """Reach the store; `fresh`: remove the run there, if the store is where it lives."""
@@ -90,7 +90,7 @@ class Copies:
         on_first_at_length(reach, self.world)
 
     def bring(self) -> None:
-        """Have the run's newest good checkpoint in its folder, wherever it is now; from then on, send new ones."""
+        """Have the run's newest good checkpoint in its folder, wherever it is now."""
         if self.place is None:
             return
 
@@ -107,6 +107,11 @@ class Copies:
             self.uploader = Uploader(
                 self.remote, self.root, remove=self.place.remove, fetched=fetched, leave=self.leave
             )
+
+    def go_on(self) -> None:
+        """Send what a former process left unsent; what this one goes on from has been read by all ranks."""
+        if self.uploader is not None:
+            self.uploader.begin()
 
     def after_save(self, root: Path) -> None:
         """Send what has been saved; on rank 0."""
@@ -142,13 +147,13 @@ class Copies:
         if left:
             why = next(iter(self.uploader.failed.values()), "it takes too long")
             self.uploader.failed.clear()
-            raise StorageError(f"{self._unsent(left)}: {why}; the same command sends them")
+            raise StorageError(f"{self._unsent(left)}: {why}; the same command sends what is missing")
         self.remote.send_run_files(self.root, self.remote.patience())
 
     def _unsent(self, steps: list[int]) -> str:
         assert self.place is not None, "nothing is sent anywhere"
-        numbers = ", ".join(map(str, steps))
-        return f"{self.place.url}: checkpoint {numbers} in {self.root} is not in the store yet"
+        which = f"checkpoint {steps[0]} is" if len(steps) == 1 else f"checkpoints {', '.join(map(str, steps))} are"
+        return f"{self.place.url}: {which} not in the store yet, and kept in {self.root}"
 
 
 def borrow(url: str, root: Path, world: Axis) -> Path:

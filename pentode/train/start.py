@@ -112,6 +112,7 @@ def _train_in(
     log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
     run, state = _run(config, here, checkpoint, root)
     give_back(root, run.mesh.world)
+    copies.go_on()
     name = expand_run_name(config)
     opened = on_first(lambda: open_sinks(config, run=name, resume_step=state.step), run.mesh.world)
     sinks = opened or Sinks([])

@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 from botocore.loaders import JSONFileLoader, Loader
 
+from pentode.checkpoint import objects
+from pentode.checkpoint.manifest import MANIFEST, Manifest
 from pentode.checkpoint.objects import Objects
+from pentode.checkpoint.remote import facts_of
+from tests.helpers.kill_run import pentode
 
 _LOAD = JSONFileLoader.load_file
 SECRET = "sEcReT" + 34 * "x"
@@ -47,6 +51,17 @@ class Bucket:
     def names(self) -> list[str]:
         """The names of all objects under `url`, without it."""
         return sorted(key.removeprefix("runs/a/") for key in self._objects())
+
+    def published(self) -> list[int]:
+        """The steps that have a manifest; each one's files are there with the right bytes, and no others."""
+        names = self.names()
+        found = sorted(int(name.split("/")[0]) for name in names if name.endswith(f"/{MANIFEST}"))
+        for step in found:
+            manifest = Manifest.parse(self.read(f"{step}/{MANIFEST}"))
+            assert {name.split("/")[1] for name in names if name.startswith(f"{step}/")} == {*manifest.files, MANIFEST}
+            for name, facts in manifest.files.items():
+                assert facts_of(self.read(f"{step}/{name}")) == facts, f"{step}/{name}"
+        return found
 
     def read(self, name: str) -> bytes:
         """An object's bytes."""
@@ -116,6 +131,13 @@ def smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
 
 
+def pentode_in_parts(environment: dict[str, str], *arguments: str) -> None:
+    """`python -m pentode` as a `kill_run.Target`, with another environment and parts of 16 KiB."""
+    os.environ.update(environment)
+    objects.PART = 16 * 2**10
+    pentode(*arguments)
+
+
 @dataclass
 class FakeTime:
     """A clock that goes on when somebody waits, and at no other time."""
@@ -139,7 +161,7 @@ class Fault:
     sent         the connection is cut when this fraction of the request's bytes has passed
     received     the same of the answer's
     change       what becomes of the answer's body; the header's length is mended
-    held         no answer until this is set
+    held         no answer at all; the connection is closed when this is set
     """
 
     answer: int | None = None
@@ -252,3 +274,22 @@ def _changed(answer: bytes, change: Callable[[bytes], bytes]) -> bytes:
     body = change(body)
     head = re.sub(rb"(content-length: )\d+", lambda m: m[1] + str(len(body)).encode(), head, flags=re.IGNORECASE)
     return head + b"\r\n\r\n" + body
+
+
+class Gate:
+    """A plan that holds back one of the requests that fit a pattern, the `number`-th from 0, for good."""
+
+    def __init__(self, pattern: str, number: int = 0) -> None:
+        self.pattern, self.number, self.count = re.compile(pattern), number, 0
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+
+    def __call__(self, request: str, _: int) -> Fault | None:
+        if not self.pattern.search(request):
+            return None
+        with self._lock:
+            self.count += 1
+            if self.count - 1 != self.number:
+                return None
+        self.reached.set()
+        return Fault(held=self.opened)

@@ -4,6 +4,7 @@ What torch imports when it is first used counts most: each of eight ranks would 
 """
 
 import matplotlib.pyplot  # noqa: F401
+import s3fs  # noqa: F401
 import torch
 import torch._dynamo
 import torch._inductor.compile_fx

@@ -1,4 +1,4 @@
-"""Checkpoints sent to an object store and fetched: manifest last, everything read back, whatever fails on the way."""
+"""Checkpoints sent to an object store: manifest last, everything read back, whatever fails on the way."""
 
 import random
 import re
@@ -6,66 +6,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from pentode.checkpoint import objects, storage
-from pentode.checkpoint.folder import DamagedError, newest
-from pentode.checkpoint.layout import Saved
+from pentode.checkpoint.folder import DamagedError
 from pentode.checkpoint.manifest import MANIFEST
-from pentode.checkpoint.remote import Remote, bring_newest
-from pentode.checkpoint.retry import Clock
-from pentode.checkpoint.save import save
-from pentode.errors import CheckpointError, StorageError
-from tests.helpers.object_store import Bucket, FakeTime, Fault, Plan, Proxy, bucket, smaller_parts
-
-KIB = 2**10
-WEIGHTS = "weights-00000-of-00001.safetensors"
+from pentode.errors import StorageError
+from tests.helpers.object_store import Bucket, FakeTime, Fault, Gate
+from tests.helpers.sent import (
+    WEIGHTS,
+    bucket_in_parts,
+    checkpoint,
+    contents,
+    fetch,
+    flip,
+    remote_of,
+    through,
+    upload,
+    whole,
+)
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     """A bucket, into which files of more than 16 KiB go in parts."""
-    monkeypatch.setattr(objects, "PART", 16 * KIB)
-    smaller_parts(monkeypatch)
-    with bucket(monkeypatch) as made:
+    with bucket_in_parts(monkeypatch) as made:
         yield made
-
-
-def checkpoint(root: Path, step: int, *, kib: int = 40, seed: int = 0) -> Path:
-    """A checkpoint of one tensor of so many KiB."""
-    tensor = torch.randn(kib * KIB // 4, generator=torch.Generator().manual_seed(seed))
-    groups = {"weights": {"w": Saved((len(tensor),), [((0,), tensor)])}}
-    return save(root, step=step, groups=groups, state={"train": {"consumed_samples": step}})
-
-
-def remote_of(store: Bucket, time: FakeTime | None = None, **more: float) -> Remote:
-    """The store, with a clock that nobody waits for."""
-    time = time or FakeTime()
-    return Remote(store.url, clock=Clock(time.now, time.wait), **more)
-
-
-def upload(remote: Remote, folder: Path) -> None:
-    remote.upload(folder, remote.patience(folder.name))
-
-
-def fetch(remote: Remote, step: int, root: Path) -> Path | None:
-    return remote.fetch(step, root, remote.patience(step))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def whole(store: Bucket, folder: Path) -> bool:
-    """Whether the store has this checkpoint, all of it, bit for bit."""
-    return {name.split("/")[1]: store.read(name) for name in store.names()} == contents(folder)
-
-
-def through(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """A proxy that new connections go through."""
-    proxy = Proxy(plan)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    return proxy
 
 
 def test_what_is_fetched_is_what_was_saved(tmp_path: Path, store: Bucket) -> None:
@@ -139,6 +103,17 @@ def all_requests_fail_once(
     assert contents(fetched) == contents(folder)
     assert proxy.faults == len(seen) > 12
     assert len(proxy.requests) >= 2 * len(seen)
+
+
+def test_a_store_that_does_not_answer_is_asked_again(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, gate = checkpoint(tmp_path, 4), Gate("partNumber=2")
+    with through(gate, monkeypatch):
+        upload(remote_of(store, seconds=0.3), folder)
+    gate.opened.set()
+    assert gate.count == 2
+    assert whole(store, folder)
 
 
 def test_a_dead_store_is_given_up_within_the_limit(
@@ -241,18 +216,6 @@ def test_a_damaged_local_checkpoint_does_not_get_into_the_store(tmp_path: Path, 
     assert f"4/{MANIFEST}" not in store.names()
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 16
-    path.write_bytes(data)
-
-
-def flip_object(store: Bucket, name: str) -> None:
-    data = bytearray(store.read(name))
-    data[-5] ^= 16
-    store.change(name, bytes(data))
-
-
 def test_an_interrupted_upload_is_completed_without_sending_all_again(
     tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,121 +240,3 @@ def test_another_checkpoint_of_the_step_is_replaced_and_never_mixed(
     assert whole(store, folder)
     changes = [one for one in proxy.requests if one.startswith(("P", "D"))]
     assert "?delete" in changes[0]  # the old manifest, before anything else
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "state.json"])
-def test_what_is_fetched_is_compared(tmp_path: Path, store: Bucket, name: str) -> None:
-    remote = remote_of(store)
-    upload(remote, checkpoint(tmp_path / "a", 4))
-    flip_object(store, f"4/{name}")
-    with pytest.raises(DamagedError, match=f"runs/a/4/{name}: it is damaged, its checksum is wrong"):
-        fetch(remote, 4, tmp_path / "b")
-    store.change(f"4/{name}", store.read(f"4/{name}")[:-1])
-    with pytest.raises(DamagedError, match="bytes, not"):
-        fetch(remote, 4, tmp_path / "b")
-    store.remove(f"4/{name}")
-    with pytest.raises(DamagedError, match="it is not there"):
-        fetch(remote, 4, tmp_path / "b")
-    assert list((tmp_path / "b").iterdir()) == []
-
-
-@pytest.mark.parametrize("bad", ["../evil", "/etc/evil", "a/b", "A", ""])
-def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, store: Bucket, bad: str) -> None:
-    remote = remote_of(store)
-    upload(remote, checkpoint(tmp_path / "a", 4))
-    text = store.read(f"4/{MANIFEST}").decode().replace('"state.json"', f'"{bad}"')
-    store.change(f"4/{MANIFEST}", text.encode())
-    with pytest.raises(DamagedError, match="it lists a file named"):
-        fetch(remote, 4, tmp_path / "b")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_the_newest_of_both_sides_is_gone_on_with(tmp_path: Path, store: Bucket) -> None:
-    remote, root = remote_of(store), tmp_path / "here"
-    for step in (4, 8):
-        upload(remote, checkpoint(tmp_path / "there", step))
-    checkpoint(root, 4)
-    assert bring_newest(root, remote) == 8
-    assert newest(root) is not None
-    checkpoint(root, 12)
-    assert bring_newest(root, remote) is None
-    assert sorted(path.name for path in root.iterdir() if path.name.isdigit()) == ["12", "4", "8"]
-
-
-def test_a_step_without_a_manifest_is_not_there(tmp_path: Path, store: Bucket) -> None:
-    remote = remote_of(store)
-    for step in (4, 8):
-        upload(remote, checkpoint(tmp_path / "there", step))
-    store.remove(f"8/{MANIFEST}")
-    assert bring_newest(tmp_path, remote) == 4
-    store.remove(f"4/{MANIFEST}")
-    assert bring_newest(tmp_path / "new", remote) is None
-
-
-def test_a_damaged_one_costs_a_line_and_is_set_aside(
-    tmp_path: Path, store: Bucket, capsys: pytest.CaptureFixture[str]
-) -> None:
-    remote = remote_of(store)
-    for step in (4, 8):
-        upload(remote, checkpoint(tmp_path / "there", step))
-    flip_object(store, f"8/{WEIGHTS}")
-    assert bring_newest(tmp_path / "new", remote) == 4
-    assert f"/8/{WEIGHTS}: it is damaged, its checksum is wrong; going on from step 4" in capsys.readouterr().out
-    assert f"8/{MANIFEST}" not in store.names()
-    assert f"8/{WEIGHTS}" in store.names()
-    assert [name for name in store.names() if re.fullmatch(rf"8/bad-[0-9a-f]{{8}}-{MANIFEST}", name)]
-
-
-def test_a_damaged_local_one_is_replaced_by_the_stores(tmp_path: Path, store: Bucket) -> None:
-    remote, root = remote_of(store), tmp_path / "here"
-    folder = checkpoint(root, 4)
-    upload(remote, folder)
-    expected = contents(folder)
-    flip(folder / WEIGHTS)
-    assert bring_newest(root, remote) == 4
-    assert contents(root / "4") == expected
-    assert len(list(root.glob(".bad-4-*"))) == 1
-
-
-def test_damaged_ones_and_no_good_one_stop_the_run_and_are_left_as_they_are(tmp_path: Path, store: Bucket) -> None:
-    remote, root = remote_of(store), tmp_path / "here"
-    upload(remote, checkpoint(tmp_path / "there", 8))
-    flip_object(store, f"8/{WEIGHTS}")
-    flip(checkpoint(root, 4) / WEIGHTS)
-    before = store.names(), sorted(root.iterdir())
-    with pytest.raises(CheckpointError, match="no older checkpoint in"):
-        bring_newest(root, remote)
-    assert before == (store.names(), sorted(root.iterdir()))
-
-
-def test_a_full_disk_leaves_nothing_half_fetched(
-    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remote = remote_of(store)
-    upload(remote, checkpoint(tmp_path / "there", 8))
-
-    def full(path: Path, pieces: object) -> None:
-        path.touch()
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(storage, "write", full)
-    with pytest.raises(StorageError, match=r"the disk is full \([\d,]+ bytes are needed"):
-        fetch(remote, 8, tmp_path / "here")
-    assert list((tmp_path / "here").iterdir()) == []
-
-
-def test_what_an_interrupted_upload_left_is_dropped_at_the_start(tmp_path: Path, store: Bucket) -> None:
-    store.begin_upload(f"40/{WEIGHTS}")
-    store.begin_upload("40/Somebody Else's")
-    remote_of(store).prepare()
-    assert store.unfinished() == 1
-    assert store.names() == []
-
-
-def test_a_long_listing_is_read_to_its_end(store: Bucket) -> None:
-    remote = remote_of(store)
-    for number in range(1100):
-        store.change(f"{number}/{MANIFEST}", b"")
-    assert remote.steps(remote.patience()) == list(range(1099, -1, -1))
-    remote.remove_run()
-    assert store.names() == []

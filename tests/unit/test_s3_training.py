@@ -3,15 +3,18 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from pentode.checkpoint import remote
-from pentode.checkpoint.manifest import MANIFEST, Manifest
+from pentode.checkpoint import remote, upload
 from pentode.cli import run_command
-from tests.helpers.object_store import SECRET, Bucket, Fault, Proxy, bucket
+from pentode.train import copies
+from tests.helpers.kill_run import Command, exit_code
+from tests.helpers.object_store import SECRET, Bucket, Fault, Gate, Proxy, bucket, pentode_in_parts, smaller_parts
 from tests.helpers.source import ROOT
 from tests.helpers.tiny import rows, tiny_yaml, weights
 from tests.unit.test_training import before_step
@@ -21,22 +24,12 @@ WEIGHTS = "weights-00000-of-00001.safetensors"
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
-    """A bucket; what is not given a place is staged in `tmp_path`."""
+    """A bucket; what is not given a place is staged in `tmp_path`. Reports and samples are short: others test them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pentode.report.page.write_report", lambda root: (root / "report.html").write_text("a report"))
+    monkeypatch.setattr("pentode.generate.closing.closing_sample", lambda run, root: None)
     with bucket(monkeypatch) as made:
         yield made
-
-
-def published(store: Bucket) -> list[int]:
-    """The steps that have a manifest; each one's files are there with the right bytes, and no others."""
-    names = store.names()
-    found = sorted(int(name.split("/")[0]) for name in names if name.endswith(f"/{MANIFEST}"))
-    for step in found:
-        manifest = Manifest.parse(store.read(f"{step}/{MANIFEST}"))
-        assert {name.split("/")[1] for name in names if name.startswith(f"{step}/")} == {*manifest.files, MANIFEST}
-        for name, facts in manifest.files.items():
-            assert remote.facts_of(store.read(f"{step}/{name}")) == facts
-    return found
 
 
 def in_s3(folder: Path, store: Bucket, **changes: object) -> Path:
@@ -63,12 +56,12 @@ def test_a_run_in_the_store_is_saved_there_and_gone_on_with_from_there(
 ) -> None:
     file = in_s3(tmp_path, store)
     assert run_command(["train", str(file), "tokens.train_steps=6", "tokens.val_check_interval=-1"]) == 0
-    assert published(store) == [4, 6]
+    assert store.published() == [4, 6]
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
 
     elsewhere = f"checkpoints.staging_path={tmp_path / 'other'}"  # as on another machine
     assert run_command(["train", str(file), elsewhere]) == 0
-    assert published(store) == [4, 6, 8, 12]
+    assert store.published() == [4, 6, 8, 12]
     assert "Resuming after step 6 of 12" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path / "other")] == list(range(1, 13))
 
@@ -82,7 +75,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_without_a_store(tmp_path: Path, s
     with pytest.MonkeyPatch.context() as patch:
         before_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_command(["train", str(file)]) == 75
-    assert published(store) == [4, 7]
+    assert store.published() == [4, 7]
     assert run_command(["train", str(file)]) == 0
     assert store.read(f"12/{WEIGHTS}") == expected
 
@@ -90,7 +83,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_without_a_store(tmp_path: Path, s
 @pytest.mark.parametrize("remove", [False, True])
 def test_copies_are_sent_and_local_ones_removed_as_asked(tmp_path: Path, store: Bucket, remove: bool) -> None:
     assert run_command(["train", str(copied(tmp_path, store, remove=remove))]) == 0
-    assert published(store) == [4, 8, 12]
+    assert store.published() == [4, 8, 12]
     local = sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit())
     assert local == ([] if remove else ["12", "4", "8"])
     for name in ("metrics.jsonl", "report.html"):
@@ -117,7 +110,7 @@ def test_a_run_begins_with_another_runs_checkpoint_in_the_store(
     run = tmp_path / "next" / "run"
     assert rows(run)[0]["step"] == first
     assert not (run / "from-s3").exists()
-    assert published(store) == [4, 8, 12]
+    assert store.published() == [4, 8, 12]
 
 
 def test_what_could_not_be_sent_ends_the_run_with_74_and_the_next_start_sends_it(
@@ -132,15 +125,15 @@ def test_what_could_not_be_sent_ends_the_run_with_74_and_the_next_start_sends_it
     with Proxy(no_eight) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         assert run_command(["train", str(file)]) == 74
-    assert published(store) == [4, 12]
+    assert store.published() == [4, 12]
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == ["8"]
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert "checkpoint 8 in" in errors[0]
+    assert "checkpoint 8 is not in the store yet" in errors[0]
     assert "SlowDown (503)" in errors[0]
 
     assert run_command(["train", str(file)]) == 0
-    assert published(store) == [4, 8, 12]
+    assert store.published() == [4, 8, 12]
 
 
 def test_fresh_removes_the_run_in_the_store_but_no_copies(
@@ -149,14 +142,14 @@ def test_fresh_removes_the_run_in_the_store_but_no_copies(
     assert run_command(["train", str(in_s3(tmp_path, store)), "tokens.train_steps=8"]) == 0
     store.change("notes.txt", b"somebody's")
     assert run_command(["train", str(in_s3(tmp_path, store)), "--fresh", "tokens.train_steps=4"]) == 0
-    assert published(store) == [4]
+    assert store.published() == [4]
     assert store.read("notes.txt") == b"somebody's"
 
     (tmp_path / "copied").mkdir()
     file = copied(tmp_path / "copied", store, remove=False)
     assert run_command(["train", str(file), "--fresh"]) == 64
     assert "--fresh: " in capfd.readouterr().err
-    assert published(store) == [4]
+    assert store.published() == [4]
 
 
 def test_what_the_store_refuses_is_told_in_a_line_before_training(
@@ -198,9 +191,65 @@ def test_credentials_are_written_nowhere(
     assert not [text for text in told if SECRET.encode() in text or b"AKIA" in text]
 
 
+def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_sends_them(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, hold = in_s3(tmp_path, store), threading.Event()
+    monkeypatch.setattr(copies, "WHEN_STOPPED", 0.1)
+    monkeypatch.setattr(upload, "FAREWELL", 0.0)
+
+    def stuck(request: str, _: int) -> Fault | None:
+        return Fault(held=hold) if request.startswith("PUT") and "/7/" in request else None
+
+    with Proxy(stuck) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        before_step(patch, 7, lambda: terminate_when_gone(tmp_path / "run" / "4"))
+        assert run_command(["train", str(file)]) == 75
+        hold.set()
+    assert store.published() == [4]
+    told = capfd.readouterr().out
+    assert f"checkpoint 7 is not in the store yet, and kept in {tmp_path / 'run'}; the next start sends" in told
+    assert run_command(["train", str(file)]) == 0
+    assert store.published() == [4, 7, 8, 12]
+
+
+def terminate_when_gone(folder: Path) -> None:
+    """SIGTERM when a checkpoint has been sent and removed."""
+    while folder.exists():
+        threading.Event().wait(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_kill_in_mid_upload_loses_nothing_and_shows_nothing_half_sent(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller_parts(monkeypatch)
+    expected, file = uninterrupted(tmp_path / "plain"), in_s3(tmp_path, store)
+    for step, seen in ((4, []), (8, [4])):
+        gate = Gate(f"PUT .*/{step}/optimizer.*partNumber=2")
+        with Proxy(gate) as proxy:
+            killed = start_in_parts(file, proxy.url, tmp_path)
+            assert gate.reached.wait(60)
+            killed.kill()
+            assert exit_code(killed) == -signal.SIGKILL
+        gate.opened.set()
+        assert store.published() == seen
+        assert store.unfinished() == 1
+    assert run_command(["train", str(file)]) == 0
+    assert store.published()[-1] == 12
+    assert store.unfinished() == 0
+    assert store.read(f"12/{WEIGHTS}") == expected
+
+
+def start_in_parts(file: Path, url: str, folder: Path) -> BaseProcess:
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment["AWS_ENDPOINT_URL"] = url
+    return Command(pentode_in_parts, lambda root: [environment, "train", str(file)]).start(folder / "killed")
+
+
 @pytest.mark.parametrize("where", ["s3_upload.upload_s3_path", "checkpoints.checkpoints_path"])
 def test_the_example_runs(where: str, store: Bucket) -> None:
     words = [f"{where}={store.url}", "tokens.train_steps=2", "checkpoints.checkpoint_interval=1", "general.device=cpu"]
     words += ["s3_upload=null"] if where.startswith("checkpoints") else []
     assert run_command(["train", str(ROOT / "examples/s3/tiny_llama.yaml"), *words]) == 0
-    assert published(store) == [1, 2]
+    assert store.published() == [1, 2]

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from pentode.checkpoint.folder import DamagedError
 from pentode.dist.mesh import Axis
-from pentode.dist.together import in_turn, on_first, tell_once, together
+from pentode.dist.together import in_turn, on_first, on_first_at_length, tell_once, together
 from pentode.errors import ConfigError, DataError, PentodeError, Preempted, RankError, StorageError, exit_code
 from tests.helpers.faulty_os import FaultyOs
 from tests.helpers.thread_ranks import on_thread_ranks
@@ -49,9 +50,25 @@ def test_each_rank_has_what_its_own_work_gave(how: Callable[..., Any]) -> None:
     assert Ranks(how, {}).found == {0: 0, 1: 1, 2: 2}
 
 
-def test_the_first_rank_works_alone() -> None:
-    ranks = Ranks(on_first, {1: DataError("never met")})
+@pytest.mark.parametrize("how", [on_first, on_first_at_length])
+def test_the_first_rank_works_alone(how: Callable[..., Any]) -> None:
+    ranks = Ranks(how, {1: DataError("never met")})
     assert (ranks.found, ranks.order) == ({0: 0, 1: None, 2: None}, [0])
+
+
+def test_the_others_hear_of_long_work_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[object] = []
+    enough = threading.Event()
+
+    def gather_objects(value: object, axis: Axis) -> list[object]:
+        heard.append(value)
+        if len(heard) == 3:
+            enough.set()
+        return [value]
+
+    monkeypatch.setattr("pentode.dist.together.gather_objects", gather_objects)
+    assert on_first_at_length(lambda: enough.wait(60), Axis("world"), meet_every=0.001) is True
+    assert heard[:3] == [True] * 3
 
 
 def test_the_others_follow_the_first_and_not_into_its_error() -> None:
@@ -66,6 +83,7 @@ def test_the_others_follow_the_first_and_not_into_its_error() -> None:
         (together, (1, 2), "ranks 1 and 2: /data: gone"),
         (together, (0, 1, 2), "/data: gone"),
         (on_first, (0,), "/data: gone"),
+        (on_first_at_length, (0,), "/data: gone"),
         (in_turn, (0,), "/data: gone"),
         (in_turn, (2,), "rank 2: /data: gone"),
         (in_turn, (1, 2), "ranks 1 and 2: /data: gone"),
