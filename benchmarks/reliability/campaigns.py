@@ -13,6 +13,7 @@ CAMPAIGNS: dict[str, Campaign] = {
         power_loss.CONTROLS,
         damages.DAMAGE,
         io_errors.IO_ERRORS,
+        io_errors.TRACED,
         preemptions.PREEMPTIONS,
     )
 }

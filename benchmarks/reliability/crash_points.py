@@ -78,49 +78,20 @@ def case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
 
 def prepare_traced(prepared: Path) -> None:
     """Run undisturbed under strace, and keep each rank's system calls."""
-    root = prepared / "run"
-    config = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS)
-    codes = tiny_run.train(config, root, prepare=strace.same_names, attach=lambda pids: strace.watch(pids, prepared))
-    assert codes == [0, 0], tiny_run.printed(root)
-
-
-def traced_calls(prepared: Path) -> list[strace.Call]:
-    """The system calls to die at: of each rank those from its first of the second save on."""
-    found: list[strace.Call] = []
-    begun: set[int] = set()
-    for call in strace.calls(prepared, prepared / "run"):
-        if f"/.tmp-{2 * FIRST}-" in call.path:
-            begun.add(call.rank)
-        if call.rank in begun:
-            found.append(call)
-    return found
+    strace.record(tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS), prepared)
 
 
 def traced_points(prepared: Path) -> int:
     """Each system call."""
-    return len(traced_calls(prepared))
+    return len(strace.later_calls(prepared))
 
 
 def traced_case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
     """A rank dies at a system call."""
-    call, root = traced_calls(prepared)[number], folder / "run"
-    run = start_injected(prepared, root, call, "signal=SIGKILL")
+    call, root = strace.later_calls(prepared)[number], folder / "run"
     config = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS)
+    run = strace.start(config, root, prepared, call, "signal=SIGKILL")
     return _judged(config, root, run, call.rank, str(call), draw, together=draw.random() < 0.5)
-
-
-def start_injected(prepared: Path, root: Path, call: strace.Call, what: str) -> Ranks:
-    """Start the run in `root` with something done at a call that `prepare_traced` saw."""
-    before = str(prepared / "run")
-    seen = sorted({call.path for call in strace.calls(prepared, prepared / "run")})
-    paths = [str(root) + path[len(before) :] for path in seen]
-    config = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS)
-    return tiny_run.start(
-        config,
-        root,
-        prepare=strace.same_names,
-        attach=lambda pids: strace.inject(pids[call.rank], call, paths, what),
-    )
 
 
 def _judged(config: Path, root: Path, run: Ranks, hit: int, where: str, draw: Random, *, together: bool) -> Outcome:

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.reliability import broken, tiny_run
+from benchmarks.reliability import broken, strace, tiny_run
 from benchmarks.reliability.campaign import Campaign, Outcome
 from benchmarks.reliability.watched_os import WatchedOs
 from pentode.checkpoint import storage
@@ -93,13 +93,35 @@ def _storage_case(prepared: Path, folder: Path, call: tuple[int, int, str], code
         storage.os = WatchedOs(watch, storage.os)
 
     codes = tiny_run.train(config, root, prepare=refuse)
+    where = f"call {number_hit} of rank {rank_hit}, {name_hit}{' and after' if stays else ''}"
+    return _judged(config, root, codes, code, where)
+
+
+def prepare_traced(prepared: Path) -> None:
+    """Run undisturbed under strace, and keep each rank's system calls."""
+    strace.record(tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS), prepared)
+
+
+def traced_points(prepared: Path) -> int:
+    """Each system call with each error."""
+    return len(strace.later_calls(prepared)) * len(CODES)
+
+
+def traced_case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
+    """One error at one system call."""
+    code, call = CODES[number % len(CODES)], strace.later_calls(prepared)[number // len(CODES)]
+    config, root = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS), folder / "run"
+    codes = strace.start(config, root, prepared, call, f"error={errno.errorcode[code]}").finish()
+    return _judged(config, root, codes, code, str(call))
+
+
+def _judged(config: Path, root: Path, codes: list[int], code: int, where: str) -> Outcome:
+    """What the ranks said and left, and how the same command then ends."""
     said = tiny_run.printed(root)
     problem = _not_undone(root) or _not_told(codes, said, root, code)
     if not problem:
-        problem = tiny_run.as_expected(tiny_run.train(config, root), root, prepared)
-    where = (
-        f"{errno.errorcode[code]} at call {number_hit} of rank {rank_hit}, {name_hit}{' and after' if stays else ''}"
-    )
+        problem = tiny_run.as_expected(tiny_run.train(config, root), root, config.parent)
+    where = f"{errno.errorcode[code]} at {where}"
     kind = "latest.txt alone could not be written" if codes == [0, 0] else "stopped with exit 74"
     return Outcome(kind, f"{where}: {problem}\n{tiny_run.tail(root, 4)}" if problem else "", {errno.errorcode[code]: 1})
 
@@ -194,4 +216,12 @@ IO_ERRORS = Campaign(
     case,
     points=points,
     broken=broken.untidy,
+)
+TRACED = Campaign(
+    "io-errors-strace",
+    "the same at every system call of a save, by strace",
+    prepare_traced,
+    traced_case,
+    points=traced_points,
+    missing=strace.missing,
 )

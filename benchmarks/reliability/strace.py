@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from benchmarks.reliability import tiny_run
+from benchmarks.reliability.ranks import Ranks
 
 CALLS = "mkdir,openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,ftruncate"
 LINE = re.compile(r"(\d+) +(\w+)\((?:\d+<([^>]*)>|(?:AT_FDCWD[^,]*, )?\"([^\"]*)\")")
@@ -20,7 +22,7 @@ SAME_HEX = "0badcafe"
 
 @dataclass(frozen=True)
 class Call:
-    """The `when`-th call of that name by one thread of a rank, among those of the paths that are watched."""
+    """The `when`-th call of that name by one thread of a rank, among those of a run's checkpoints; its path there."""
 
     rank: int
     name: str
@@ -44,28 +46,51 @@ def same_names(rank: int) -> None:
     secrets.token_hex = lambda count=4: SAME_HEX[: 2 * count]
 
 
-def watch(pids: Sequence[int], folder: Path) -> None:
-    """Attach to all ranks; each one's calls go to `folder`/calls-<rank>.txt."""
-    for rank, pid in enumerate(pids):
-        _attach(pid, ["-y", "-s", "0", "-e", f"trace={CALLS}", "-o", str(folder / f"calls-{rank}.txt")])
+def record(config: Path, folder: Path) -> None:
+    """Run undisturbed in `folder`/run, and keep the system calls of each rank in `folder`/calls-<rank>.txt."""
+    root = folder / "run"
+
+    def watch(pids: list[int]) -> None:
+        for rank, pid in enumerate(pids):
+            _attach(pid, ["-y", "-s", "0", "-e", f"trace={CALLS}", "-o", str(folder / f"calls-{rank}.txt")])
+
+    codes = tiny_run.train(config, root, prepare=same_names, attach=watch)
+    assert codes == [0, 0], tiny_run.printed(root)
 
 
-def inject(pid: int, call: Call, paths: Sequence[str], what: str) -> None:
-    """Attach to one rank, and do `what` ("signal=SIGKILL", "error=EIO") at one call, counted among those of `paths`."""
-    options = [option for path in paths for option in ("-P", path)]
-    _attach(pid, [*options, "-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.when}"])
-
-
-def calls(folder: Path, root: Path) -> Iterator[Call]:
-    """What ranks did in a run's folder to checkpoints, by what `watch` left; in order for each rank."""
+@cache
+def calls(folder: Path) -> list[Call]:
+    """What ranks did in the run's folder to checkpoints, by what `record` kept; in order for each rank."""
+    root, found = f"{folder / 'run'}", []
     for path in sorted(folder.glob("calls-*.txt")):
         rank, counts = int(path.stem.partition("-")[2]), Counter()
         for line in path.read_text(errors="replace").splitlines():
-            found = LINE.match(line)
-            place = (found[3] or found[4] or "") if found else ""
-            if found and place.startswith(str(root)) and IN_A_RUN.match(place[len(str(root)) :]):
-                counts[found[1], found[2]] += 1
-                yield Call(rank, found[2], counts[found[1], found[2]], place)
+            read = LINE.match(line)
+            place = (read[3] or read[4] or "") if read else ""
+            if read and place.startswith(root) and IN_A_RUN.match(place[len(root) :]):
+                counts[read[1], read[2]] += 1
+                found.append(Call(rank, read[2], counts[read[1], read[2]], place[len(root) :]))
+    return found
+
+
+def later_calls(folder: Path) -> list[Call]:
+    """Those of each rank from the first of the second save on."""
+    found: list[Call] = []
+    begun: set[int] = set()
+    for call in calls(folder):
+        if f"/.tmp-{2 * tiny_run.INTERVAL}-" in call.path:
+            begun.add(call.rank)
+        if call.rank in begun:
+            found.append(call)
+    return found
+
+
+def start(config: Path, root: Path, folder: Path, call: Call, what: str) -> Ranks:
+    """Start the run that `record` recorded, and do `what` ("signal=SIGKILL", "error=EIO") at one of its calls."""
+    paths = sorted({f"{root}{seen.path}" for seen in calls(folder)})
+    options = [option for path in paths for option in ("-P", path)]
+    options += ["-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.when}"]
+    return tiny_run.start(config, root, prepare=same_names, attach=lambda pids: _attach(pids[call.rank], options))
 
 
 def _attach(pid: int, options: list[str]) -> None:

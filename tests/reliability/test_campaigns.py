@@ -10,11 +10,12 @@ from benchmarks.reliability.campaigns import CAMPAIGNS
 SHORT = {  # cases, and cases of a pentode that is broken on purpose
     "kills": (2, 2),
     "crash-points": (8, 2),
-    "crash-points-strace": (3, 0),
+    "crash-points-strace": (2, 0),
     "power-loss": (300, 0),
     "power-loss-controls": (None, 0),
     "damages": (40, 6),
     "io-errors": (10, 2),
+    "io-errors-strace": (2, 0),
     "preemptions": (5, 3),
 }
 SEED = 1  # another than the long form's
