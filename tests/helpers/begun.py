@@ -67,6 +67,11 @@ def begun(case: Case, path: str, dtype: str) -> Begun:
     return Begun(whole(run, weights), whole(run, masters), held, read, logits_of(run))
 
 
+def begun_with_each(cases: dict[str, Case]) -> list[Begun]:
+    """What float64 runs begin with, one after the other, by the folders of their weights."""
+    return [begun(case, path, "float64") for path, case in cases.items()]
+
+
 def logits_of(run: Run) -> Tensor | None:
     """Of the whole model in one process."""
     if run.mesh.world.size > 1:

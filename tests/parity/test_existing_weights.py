@@ -11,7 +11,7 @@ import transformers
 from pentode.config.kinds.shape import Shape
 from pentode.convert.command import convert
 from pentode.models.registry import model_for
-from tests.helpers.begun import Begun, begun
+from tests.helpers.begun import Begun, begun, begun_with_each
 from tests.helpers.cases import Case, Problem, config_of, global_batch
 from tests.helpers.hf import from_hf
 from tests.helpers.world import WORLD
@@ -23,6 +23,7 @@ PROBLEMS = {
     "llama, tied": Problem(shape=FEW_HEADS + TIED),
     "gpt2": Problem(model="gpt2"),
 }
+SOURCES = ("llama/hf", "llama, tied/hf", "gpt2/hf", "llama, tied/pentode")
 LAYOUTS = [
     Case(dp=2, zero=1),
     Case(tp=2, sequence_parallel=True, pad_vocabulary=8),
@@ -70,14 +71,15 @@ def test_one_process_begins_with_the_files_weights_and_gives_transformers_logits
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["llama/hf", "llama, tied/hf", "gpt2/hf", "llama, tied/pentode"])
-def test_a_layout_gives_one_processs_weights(folders: Path, name: str, case: Case) -> None:
-    path = folders / name
-    case, want = replace(case, problem=PROBLEMS[path.parent.name]), one_process(path)
-    for got in WORLD.run(begun, case.ranks, case=case, path=str(path), dtype="float64"):
-        assert got.weights.keys() == want.weights.keys()
-        assert all(torch.equal(got.weights[key], tensor) for key, tensor in want.weights.items())
-        assert all(torch.equal(got.masters[key], tensor) for key, tensor in want.masters.items())
+def test_a_layout_gives_one_processs_weights(folders: Path, case: Case) -> None:
+    paths = {folders / name: PROBLEMS[name.split("/")[0]] for name in SOURCES}
+    cases = {str(path): replace(case, problem=problem) for path, problem in paths.items()}
+    for found in WORLD.run(begun_with_each, case.ranks, cases=cases):
+        for path, got in zip(paths, found, strict=True):
+            want = one_process(path)
+            assert got.weights.keys() == want.weights.keys()
+            assert all(torch.equal(got.weights[key], tensor) for key, tensor in want.weights.items())
+            assert all(torch.equal(got.masters[key], tensor) for key, tensor in want.masters.items())
 
 
 @pytest.mark.parametrize("case", [Case(pp=2), Case(tp=2), Case(tp=2, pp=2)], ids=lambda case: case.name)
