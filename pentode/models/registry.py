@@ -11,5 +11,8 @@ MODELS: dict[type[Shape], ModuleType] = {LlamaConfig: llama, GPT2Config: gpt2}
 
 
 def model_for(shape: Shape) -> ModuleType:
-    """The module whose `build` makes the shape's model and whose `HF_NAMES` name its weights."""
+    """The module whose `build` makes the shape's model and whose `HF_NAMES` name its weights.
+
+    One whose models Nanotron has, too, names their weights there in `NANOTRON_NAMES`.
+    """
     return MODELS[type(shape)]

@@ -16,13 +16,11 @@ from pentode.checkpoint.manifest import MANIFEST
 from pentode.checkpoint.nanotron import SHAPE as NANOTRON_SHAPE
 from pentode.checkpoint.nanotron import is_nanotron_folder, nanotron_folder, nanotron_shape, nanotron_weights
 from pentode.checkpoint.stored import Weights
-from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.kinds.shape import Shape
 from pentode.config.load import load_config
 from pentode.config.schema import Config
 from pentode.dist.mesh import Mesh
 from pentode.errors import CheckpointError, ConfigError
-from pentode.models.llama import NANOTRON_NAMES
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
 from pentode.parallel.spec import ParamSpec, specs_of
@@ -98,11 +96,10 @@ def open_existing(path: Path, *, kind: Kind | None = None, masters: bool = False
         folder = nanotron_folder(path)
         said_by = folder / NANOTRON_SHAPE
         shape = shape_of(nanotron_shape(folder), said_by=said_by)
-        if not isinstance(shape, LlamaConfig):
-            raise ConfigError(
-                [f"{said_by}: a model of type {_word(shape, 'type')} of Nanotron's is not read; Llama is"]
-            )
-        existing = Existing(kind, shape, said_by, nanotron_weights(folder, NANOTRON_NAMES, tied=shape.tied))
+        names = getattr(model_for(shape), "NANOTRON_NAMES", None)
+        if names is None:
+            raise ConfigError([f"{said_by}: it describes a {_word(shape, 'type')}, which is not read from Nanotron"])
+        existing = Existing(kind, shape, said_by, nanotron_weights(folder, names, tied=shape.tied))
     existing.weights.compare(specs_of_shape(shape))
     return existing
 

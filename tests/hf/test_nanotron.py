@@ -1,18 +1,23 @@
 """Nanotron's checkpoints, as the tests write them in its format: the same weights and logits here, or one line."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pentode.checkpoint.folder import open_checkpoint
 from pentode.cli import run_command
 from pentode.config.kinds.llama import LlamaConfig, RopeScaling
 from pentode.config.load import load_config
 from pentode.convert.command import convert
+from pentode.errors import CheckpointError, ConfigError
 from pentode.models.registry import model_for
 from tests.helpers.hf import from_hf
 from tests.helpers.hf_models import assert_equal, ours, reference
@@ -132,6 +137,11 @@ def described(**change: object) -> Callable[[Path], None]:
     return act
 
 
+def of_gpt2(folder: Path) -> None:
+    shape = {"is_gpt2_config": True, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    (folder / "model_config.json").write_text(json.dumps(shape))
+
+
 def renamed(folder: Path) -> None:
     path = next(folder.glob("model/model/decoder/0/pp_block/attn/qkv_proj/*tp-rank-1*"))
     path.rename(path.with_name("weight.safetensors"))
@@ -168,6 +178,7 @@ TWICE = "0,16,None|None,None,None#16,32,None|None,None,None;0,16,None|None,None,
         (described(num_hidden_layers=2), 66, "layers.2.attn.out.weight is there"),
         (described(moe_config={"num_experts": 4}), 64, "mixtures of experts are not built yet"),
         (described(num_key_value_heads=3), 64, "num_key_value_heads: 3 does not divide"),
+        (of_gpt2, 64, "a gpt2, which is not read from Nanotron"),
         (described(is_llama_config=False, is_starcoder2_config=True), 64, "Starcoder2"),
         (renamed, 66, "weight.safetensors: is not named as Nanotron names"),
         (of_datastates, 66, "the datastates engine wrote them"),
@@ -185,6 +196,37 @@ def test_what_does_not_fit_is_one_line(
     assert what in printed
     assert len(printed.splitlines()) == 1
     assert not (tmp_path / "target").exists()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two tensor-parallel processes."""
+    folder = tmp_path_factory.mktemp("written") / "nanotron"
+    write_nanotron(folder, LLAMA, reference(LLAMA).state_dict(), Layout(tp=2, numpy_numbers=True))
+    return folder
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_one_error_or_a_model(
+    data: st.DataObject, written: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    source = Path(shutil.copytree(written, folder / "nanotron"))
+    path = data.draw(st.sampled_from([source / "model_config.json", *sorted(source.rglob("*.safetensors"))]))
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
+    if data.draw(st.booleans()):
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    else:  # weights themselves have no checksum there
+        at = data.draw(st.integers(0, header - 1))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :])
+    try:
+        list(convert(source, folder / "target", kind="nanotron"))
+    except (CheckpointError, ConfigError):
+        assert [p.name for p in folder.iterdir()] == ["nanotron"]
+    else:
+        assert open_checkpoint(folder / "target").step == 0
 
 
 def test_another_kind_than_said_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
