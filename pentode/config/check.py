@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from pentode.config.check_speed import SPEED, Found, lengths
 from pentode.config.kinds.gpt2 import GPT2Config
 from pentode.config.kinds.init import ExistingCheckpointInit
 from pentode.config.kinds.llama import LlamaConfig
@@ -17,8 +18,6 @@ from pentode.config.validate import shown
 from pentode.errors import ConfigError
 
 QUOTE = "'"
-FLOAT8_MULTIPLE = 16  # of which all sizes of a float8 product must be, as the hardware multiplies
-Found = Iterator[tuple[str, str]]  # dotted path, what is wrong there
 
 # Everything the schema knows that has no code behind it: path -> (values that work, what the others would be).
 # `*` stands for each stage; a section is given by its class's name. Building a thing is removing its line.
@@ -133,50 +132,13 @@ def _no_even_kv(shape: Shape, tp: int) -> bool:
 def _sequence_parallel(c: Config) -> Found:
     tp, sequences = c.parallelism.tp, c.tokens.micro_batch_size
     if c.parallelism.tp_mode == "REDUCE_SCATTER":
-        for path, length in _lengths(c):
+        for path, length in lengths(c):
             if sequences * length % tp:
                 yield (
                     path,
                     f"{length} x tokens.micro_batch_size={sequences} tokens is not a multiple of parallelism.tp={tp}, "
                     "which tp_mode REDUCE_SCATTER needs; use ALL_REDUCE, or other numbers",
                 )
-
-
-def _float8(c: Config) -> Found:
-    if c.model.float8 is None:
-        return
-    where, p, shape = "model.float8", c.parallelism, c.model.model_config
-    if c.model.dtype != "bfloat16":
-        yield where, f"{c.model.float8} with model.dtype {c.model.dtype}; use bfloat16, or leave float8 out"
-    if p.tp > 1 and p.tp_linear_async_communication:
-        yield where, f"{c.model.float8} with tp_linear_async_communication is not built yet; set that to false"
-    if p.tp > 1 and p.tp_mode == "REDUCE_SCATTER" and p.tp_recompute_allgather:
-        yield where, f"{c.model.float8} with tp_recompute_allgather is not built yet; set that to false"
-    for name, size in (("width", shape.width), ("feed-forward width", shape.ffn_width)):
-        if size % (FLOAT8_MULTIPLE * p.tp):
-            yield where, f"the model's {name} of {size} is not a multiple of {FLOAT8_MULTIPLE} x tp={p.tp}"
-    kv = 2 * max(shape.kv_heads // p.tp, 1) * (shape.width // shape.heads)  # beside the queries, in one product
-    if kv % FLOAT8_MULTIPLE:
-        yield where, f"the {kv} features of keys and values on a rank are not a multiple of {FLOAT8_MULTIPLE}"
-    for path, length in _lengths(c):
-        if length * c.tokens.micro_batch_size % FLOAT8_MULTIPLE:
-            yield (
-                path,
-                f"{length} x tokens.micro_batch_size={c.tokens.micro_batch_size} tokens is not a multiple of "
-                f"{FLOAT8_MULTIPLE}, which model.float8 needs",
-            )
-
-
-def _cuda_graph(c: Config) -> Found:
-    if c.model.cuda_graph != "on":
-        return
-    where, instead = "model.cuda_graph", "steps of one GPU alone are replayed; use auto, or off"
-    if c.world_size > 1:
-        yield where, f"on, but parallelism has {c.world_size} ranks, and {instead}"
-    if c.general.device == "cpu":
-        yield where, f"on, but general.device is cpu, and {instead}"
-    if not c.general.ignore_sanity_checks:
-        yield where, "on, but general.ignore_sanity_checks is false, and a replayed step checks nothing; set it to true"
 
 
 def _pipeline(c: Config) -> Found:
@@ -231,20 +193,13 @@ def _rope(c: Config) -> Found:
 def _positions(c: Config) -> Found:
     shape = c.model.model_config
     if isinstance(shape, GPT2Config):
-        for path, length in _lengths(c):
+        for path, length in lengths(c):
             if length > shape.n_positions:
                 yield (
                     path,
                     f"{length} is more than model.model_config.n_positions={shape.n_positions}, and GPT-2 learns each "
                     f"position; raise n_positions",
                 )
-
-
-def _lengths(c: Config) -> Iterator[tuple[str, int]]:
-    yield "tokens.sequence_length", c.tokens.sequence_length
-    for i, stage in enumerate(c.data_stages):
-        if stage.sequence_length is not None:
-            yield f"data_stages.{i}.sequence_length", stage.sequence_length
 
 
 def _stages_start(c: Config) -> Found:
@@ -355,8 +310,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _heads,
     _tensor_parallel,
     _sequence_parallel,
-    _float8,
-    _cuda_graph,
+    *SPEED,
     _pipeline,
     _interleaving,
     _rope,
@@ -376,7 +330,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
 def _doubts(c: Config) -> Found:
     shape = c.model.model_config
     if isinstance(shape, LlamaConfig):
-        for path, length in _lengths(c):
+        for path, length in lengths(c):
             if length > shape.max_positions:
                 yield path, f"{length} is more than model.model_config.max_position_embeddings={shape.max_positions}"
     for key in ("step", "consumed_train_samples"):

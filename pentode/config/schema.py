@@ -118,6 +118,9 @@ class ModelArgs:
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile blocks, loss and optimizer; auto: on a GPU"
     )
+    activation_budget: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of activations that compiled blocks keep for backward; what is cheap is computed again"
+    )
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto", description="replay a recorded step: one GPU alone; auto: if it needs less than half of its memory"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 Float8 = Literal["tensorwise", "rowwise"]
-MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies; `config/check.py` refuses others
+MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies; `config/check_speed.py` refuses others
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TINY = 1e-12  # an operand that is all zeros is divided by this
 

@@ -132,7 +132,7 @@ class MasterWeights:
         self._arrivals = dict.fromkeys(self._arrivals, 0)
         self._started = 0
         for name, shard in self._unmoved.items():
-            shard.gradient = shard.gradient[:0]
+            shard.gradient = shard.gradient.new_empty(0)
             self.gradients.pop(name, None)
         for bucket in self._buckets:
             bucket.missing = len(bucket.names)

@@ -1,12 +1,14 @@
 """What of a step is compiled: blocks, one graph for all of a kind (design 1.4), recomputed or not; loss; optimizer."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 import torch
+from torch import Tensor
 
 from pentode import device as devices
 from pentode.config.schema import Config
+from pentode.errors import ConfigError
 from pentode.nn.causal_lm import CausalLM, run_block
 from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
@@ -15,6 +17,8 @@ from pentode.parallel.recompute import recomputing
 # To try variants of a kernel that writes where it reads, inductor first copies all that: GBs of logits. This one comes
 # to 2.95 TB/s without. (The optimizer's comes to 2.1 without and 2.96 with: it tries them by itself, on small tensors.)
 IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
+
+P = ParamSpec("P")
 
 
 class Kernels(NamedTuple):
@@ -47,10 +51,26 @@ def kernels(config: Config, device: torch.device) -> Kernels:
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
     """Set how the models run their blocks, as the config says. Returns whether they are compiled."""
     block = recomputing(run_block, config.parallelism.recompute_layer)
-    wanted = is_wanted(config, device)
+    wanted, budget = is_wanted(config, device), config.model.activation_budget
     if wanted:
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled
         block = torch.compile(block, fullgraph=True)
+        block = block if budget == 1 else _keeping(budget, block)
+    elif budget < 1:
+        raise ConfigError(
+            [f"model.activation_budget: {budget}, but blocks are not compiled here; set model.compile to on"]
+        )
     for model in models:
         model.run_block = block
     return wanted
+
+
+def _keeping(budget: float, block: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The compiled block, of whose activations this share is kept; inductor chooses what is cheapest to have again."""
+    from torch._functorch import config as partitioner
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with partitioner.patch(activation_memory_budget=budget):  # read when it is compiled
+            return block(*args, **kwargs)
+
+    return run

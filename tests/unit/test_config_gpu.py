@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pentode.config.check import FLOAT8_MULTIPLE
+from pentode.config.check_speed import FLOAT8_MULTIPLE
 from pentode.config.load import config_from_dict
 from pentode.ops.linear import MULTIPLE
 from tests.helpers.changed_config import LLAMA, data, found

@@ -370,6 +370,11 @@ def test_a_gradient_that_is_not_moved_is_given_up_when_the_next_step_begins() ->
     for factor in (2.0, 3.0):
         master.start_step(1)
         assert "large" not in master.gradients
+        assert all(
+            flat.moves_gradients or not shard.gradient.untyped_storage().nbytes()
+            for flat in master.flat
+            for shard in flat.shards
+        )
         (model["large"] * factor).sum().backward()
         assert model["large"].grad is None
         master.finish_gradients()
