@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pentode.dist.collectives import gather_objects
 from pentode.dist.launch import World
 from pentode.dist.mesh import Mesh
 from pentode.dist.p2p import connect
-from pentode.dist.together import together
+from pentode.dist.together import on_first, together
 from pentode.errors import ConfigError
 from pentode.models.registry import model_for
 from pentode.nn.causal_lm import CausalLM, Part
@@ -181,9 +182,9 @@ def initialise_weights(run: Run) -> None:
         if path is None
         else f"Loading weights from {path}"
     )
+    source = None if path is None else _opened(run, path)
 
     def fill() -> list[str]:
-        source = None if path is None else source_of(run.config, path)
         for stage in run.stages.values():
             for name, values in initial_weights(run.config, stage, source):
                 run.master.set(name, values)
@@ -191,6 +192,17 @@ def initialise_weights(run: Run) -> None:
 
     for line in together(fill, run.mesh.world):
         log.warning(line)
+
+
+def _opened(run: Run, path: Path) -> Existing:
+    """Existing weights, opened on every rank; the first alone reads more than its part, to compare checksums."""
+    world = run.mesh.world
+    found = on_first(lambda: source_of(run.config, path), world)
+    checkpoint = None if found is None else found.checkpoint
+    ((there, proven), *_) = gather_objects(
+        (path, []) if checkpoint is None else (checkpoint.folder, sorted(checkpoint.proven)), world
+    )
+    return together(lambda: found or source_of(run.config, there, proven=proven), world)
 
 
 def initial_weights(

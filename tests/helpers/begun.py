@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pentode.checkpoint import stored
+from pentode.checkpoint import storage, stored
+from pentode.checkpoint.manifest import FileFacts
 from pentode.checkpoint.stored import InFile
 from pentode.config.kinds.init import ExistingCheckpointInit
 from pentode.dist.collectives import sum_
@@ -22,12 +23,13 @@ ROWS = 256  # bytes read at once
 
 @dataclass
 class Begun:
-    """A run's first weights and masters, whole; bytes that this rank holds and read; logits, of one process."""
+    """A run's first weights and masters, whole; bytes that this rank holds, read and hashed; logits, of one process."""
 
     weights: dict[str, Tensor]
     masters: dict[str, Tensor]
     held: int
     read: int
+    hashed: int
     logits: Tensor | None
 
 
@@ -50,11 +52,19 @@ def begun(case: Case, path: str, dtype: str) -> Begun:
         read += found.nbytes
         return found
 
+    def hash_file(path: Path) -> FileFacts:
+        nonlocal hashed
+        found = real(path)
+        hashed += found.size
+        return found
+
+    hashed, real = 0, storage.hash_file
+    storage.hash_file = hash_file
     stored.AT_ONCE, InFile.rows, before = ROWS, rows, stored.AT_ONCE
     try:
         build.initialise_weights(run)
     finally:
-        stored.AT_ONCE, InFile.rows = before, plain
+        stored.AT_ONCE, InFile.rows, storage.hash_file = before, plain, real
     run.master.wait_for()
     weights = {name: p.detach().double() for stage in stages.values() for name, p in stage.named_parameters()}
     masters = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
@@ -64,7 +74,7 @@ def begun(case: Case, path: str, dtype: str) -> Begun:
     if run.master.sharded:  # each data rank has its shards
         masters = {name: sum_(master, mesh.data) for name, master in masters.items()}
     held = sum(tensor.numel() for tensor in weights.values()) * torch.float32.itemsize
-    return Begun(whole(run, weights), whole(run, masters), held, read, logits_of(run))
+    return Begun(whole(run, weights), whole(run, masters), held, read, hashed, logits_of(run))
 
 
 def begun_with_each(cases: dict[str, Case]) -> list[Begun]:

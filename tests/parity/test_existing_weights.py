@@ -92,6 +92,16 @@ def test_a_rank_reads_its_part(folders: Path, case: Case) -> None:
         assert 0 < got.read <= got.held + cut // 2 * torch.float32.itemsize
 
 
+def test_the_first_rank_alone_reads_all_for_checksums(folders: Path) -> None:
+    path = folders / "llama" / "pentode"
+    case = Case(PROBLEMS["llama"], pp=2)
+    first, second = WORLD.run(begun, 2, case=case, path=str(path), dtype="float64")
+    weights = next(path.glob("weights-*")).stat().st_size
+    assert first.hashed > weights
+    assert 0 < second.hashed < weights / 10  # what says how far it is: state and config
+    assert second.read < weights
+
+
 def test_masters_of_bfloat16_are_not_rounded(folders: Path) -> None:
     want = one_process(folders / "llama" / "hf")
     for case in (Case(dp=2, zero=1), Case(tp=2)):
