@@ -85,6 +85,7 @@ class TracingOs:
 
     def fsync(self, file: int) -> None:
         begun = time.monotonic_ns()
+        os.fsync(file)
         self._told("fsync", self.files[file][0], begun)
 
     def close(self, file: int) -> None:

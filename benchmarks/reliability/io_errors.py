@@ -118,7 +118,7 @@ def traced_case(prepared: Path, folder: Path, number: int, draw: Random) -> Outc
 def _judged(config: Path, root: Path, codes: list[int], code: int, where: str) -> Outcome:
     """What the ranks said and left, and how the same command then ends."""
     said = tiny_run.printed(root)
-    problem = _not_undone(root) or _not_told(codes, said, root, code)
+    problem = _not_undone(root) or not_told(codes, said, root, code)
     if not problem:
         problem = tiny_run.as_expected(tiny_run.train(config, root), root, config.parent)
     where = f"{errno.errorcode[code]} at {where}"
@@ -138,7 +138,7 @@ def _not_undone(root: Path) -> str:
     return "" if found is not None and found.step in (FIRST, STEPS) else "the first checkpoint is gone"
 
 
-def _not_told(codes: list[int], said: str, root: Path, code: int) -> str:
+def not_told(codes: list[int], said: str, root: Path, code: int) -> str:
     """What the ranks' ends and words lack; empty if nothing."""
     told = [line for line in said.splitlines() if line.startswith("pentode: ")]
     if codes == [0, 0] and not told and "latest.txt: could not be written" in said:

@@ -6,7 +6,7 @@ one, must be there, whole and right. The controls take one kind of sync out of t
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -28,8 +28,12 @@ RUN = "run"
 
 
 def record(prepared: Path) -> None:
-    """Run, and keep the events of all ranks in events.jsonl, and in steps.json what each checkpoint held."""
-    config = tiny_run.write_config(prepared / "text", steps=STEPS)
+    """Run, and keep the events of all ranks in events.jsonl, and what each checkpoint held beside it."""
+    record_run(tiny_run.write_config(prepared / "text", steps=STEPS), prepared)
+
+
+def record_run(config: Path, prepared: Path, *, attach: Callable[[list[int]], object] | None = None) -> None:
+    """`record`, of a config, with something attached to the ranks."""
     root = prepared / RUN
     root.mkdir()
 
@@ -44,11 +48,15 @@ def record(prepared: Path) -> None:
 
         storage.os = TracingOs(root, tell)
 
-    codes = tiny_run.train(config, root, prepare=trace)
+    codes = tiny_run.train(config, root, prepare=trace, attach=attach)
     assert codes == [0, 0], tiny_run.printed(root)
-    lines = [line for path in sorted(prepared.glob("events-*.jsonl")) for line in path.read_text().splitlines()]
-    events = sorted(map(Event.of_json, lines), key=lambda event: event.done)
+    events = sorted((event for rank in (0, 1) for event in events_of_rank(prepared, rank)), key=lambda e: e.done)
     (prepared / "events.jsonl").write_text("\n".join(event.as_json() for event in events))
+
+
+def events_of_rank(prepared: Path, rank: int) -> list[Event]:
+    """What one rank did, in order."""
+    return list(map(Event.of_json, (prepared / f"events-{rank}.jsonl").read_text().splitlines()))
 
 
 def _note_steps(prepared: Path, root: Path) -> None:

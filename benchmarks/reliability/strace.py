@@ -28,6 +28,7 @@ class Call:
     name: str
     when: int
     path: str
+    creates: bool = False
 
 
 @cache
@@ -49,13 +50,14 @@ def same_names(rank: int) -> None:
 def record(config: Path, folder: Path) -> None:
     """Run undisturbed in `folder`/run, and keep the system calls of each rank in `folder`/calls-<rank>.txt."""
     root = folder / "run"
-
-    def watch(pids: list[int]) -> None:
-        for rank, pid in enumerate(pids):
-            _attach(pid, ["-y", "-s", "0", "-e", f"trace={CALLS}", "-o", str(folder / f"calls-{rank}.txt")])
-
-    codes = tiny_run.train(config, root, prepare=same_names, attach=watch)
+    codes = tiny_run.train(config, root, prepare=same_names, attach=lambda pids: watch(pids, folder))
     assert codes == [0, 0], tiny_run.printed(root)
+
+
+def watch(pids: list[int], folder: Path) -> None:
+    """Attach to all ranks; what each one calls goes to `folder`/calls-<rank>.txt."""
+    for rank, pid in enumerate(pids):
+        _attach(pid, ["-y", "-s", "0", "-e", f"trace={CALLS}", "-o", str(folder / f"calls-{rank}.txt")])
 
 
 @cache
@@ -69,7 +71,8 @@ def calls(folder: Path) -> list[Call]:
             place = (read[3] or read[4] or "") if read else ""
             if read and place.startswith(root) and IN_A_RUN.match(place[len(root) :]):
                 counts[read[1], read[2]] += 1
-                found.append(Call(rank, read[2], counts[read[1], read[2]], place[len(root) :]))
+                made = read[2] == "openat" and "O_CREAT" in line
+                found.append(Call(rank, read[2], counts[read[1], read[2]], place[len(root) :], made))
     return found
 
 

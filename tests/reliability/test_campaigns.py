@@ -13,9 +13,11 @@ SHORT = {  # cases, and cases of a pentode that is broken on purpose
     "crash-points-strace": (2, 0),
     "power-loss": (300, 0),
     "power-loss-controls": (None, 0),
+    "sync-order": (1, 0),
     "damages": (40, 6),
     "io-errors": (10, 2),
     "io-errors-strace": (2, 0),
+    "full-disk": (2, 0),
     "preemptions": (5, 3),
 }
 SEED = 1  # another than the long form's
