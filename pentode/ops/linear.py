@@ -1,9 +1,8 @@
 """y = x W^T and the two products of its backward: in the dtype of x, or in float8, scaled anew each time.
 
-T tokens, K input and N output features. In float8 (arXiv:2209.05433) a number has 4 bits of exponent and 3 of mantissa,
-or, for gradients tensorwise, 5 and 2. Each operand is scaled so that its largest magnitude is the largest number there
-is: as a whole (tensorwise), or by rows of what is summed over (rowwise, arXiv:2407.21783, section 6.2). Products come
-out in bfloat16; weights, masters and what is kept elsewhere stay as they are.
+T tokens, K input and N output features. In float8 each operand is scaled as a whole (tensorwise), or by rows of what is
+summed over (rowwise, arXiv:2407.21783, section 6.2). Products come out in bfloat16; weights, masters and what is kept
+elsewhere stay as they are.
 """
 
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from pentode.ops.float8 import E4M3, E5M2, scaled, scaled_both_ways
+
 Float8 = Literal["tensorwise", "rowwise"]
 MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies; `config/check_speed.py` refuses others
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-TINY = 1e-12  # an operand that is all zeros is divided by this
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Float8 | None = None) -> Tensor:
@@ -32,21 +31,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
 
 
 class _Tensorwise(torch.autograd.Function):
-    """One scale for each operand. Keeps x and weight in float8 for backward."""
+    """One scale for each operand. Keeps x and weight in float8, transposed, for backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        x8, x_scale = quantised(x, E4M3)
-        w8, w_scale = quantised(weight, E4M3)
-        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        x8, x8_t, x_scale = scaled_both_ways(x, E4M3)
+        w8, w8_t, w_scale = scaled_both_ways(weight, E4M3)
+        ctx.save_for_backward(x8_t, x_scale, w8_t, w_scale)
         return _scaled_mm(x8, x_scale, w8.t(), w_scale, fast=True)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x8, x_scale, w8, w_scale = ctx.saved_tensors
-        g8, g_scale = quantised(grad, E5M2)
-        grad_x = _scaled_mm(g8, g_scale, _by_columns(w8), w_scale, fast=False)
-        return grad_x, _scaled_mm(g8.t().contiguous(), g_scale, _by_columns(x8), x_scale, fast=False)
+        x8_t, x_scale, w8_t, w_scale = ctx.saved_tensors
+        g8, g8_t, g_scale = scaled_both_ways(grad, E5M2)
+        grad_x = _scaled_mm(g8, g_scale, w8_t.t(), w_scale, fast=False)
+        return grad_x, _scaled_mm(g8_t, g_scale, x8_t.t(), x_scale, fast=False)
 
 
 class _Rowwise(torch.autograd.Function):
@@ -55,27 +54,19 @@ class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        x8, x_scale = quantised(x, E4M3, dim=1)
-        w8, w_scale = quantised(weight, E4M3, dim=1)
+        x8, x_scale = scaled(x, E4M3, dim=1)
+        w8, w_scale = scaled(weight, E4M3, dim=1)
         return _scaled_mm(x8, x_scale, w8.t(), w_scale.t(), fast=True)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        g8, g_scale = quantised(grad, E4M3, dim=1)
-        w8, w_scale = quantised(weight, E4M3, dim=0)
+        g8, g_scale = scaled(grad, E4M3, dim=1)
+        w8, w_scale = scaled(weight, E4M3, dim=0)
         grad_x = _scaled_mm(g8, g_scale, _by_columns(w8), w_scale, fast=False)
-        g8, g_scale = quantised(grad, E4M3, dim=0)
-        x8, x_scale = quantised(x, E4M3, dim=0)
+        g8, g_scale = scaled(grad, E4M3, dim=0)
+        x8, x_scale = scaled(x, E4M3, dim=0)
         return grad_x, _scaled_mm(g8.t().contiguous(), g_scale.flatten()[:, None], _by_columns(x8), x_scale, fast=False)
-
-
-def quantised(x: Tensor, dtype: torch.dtype, *, dim: int | None = None) -> tuple[Tensor, Tensor]:
-    """x in a float8 dtype, and what it is to be multiplied by to be x again: float32, 0-d, or one a slice of `dim`."""
-    most = torch.finfo(dtype).max
-    largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    scale = most / largest.float().clamp(min=TINY)
-    return (x.float() * scale).clamp(-most, most).to(dtype), scale.reciprocal()
 
 
 def _scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, fast: bool) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pentode.ops.linear import E4M3, E5M2, Float8, linear, quantised
+from pentode.ops.float8 import E4M3, E5M2, cast_both_ways, scaled, scaled_both_ways
+from pentode.ops.linear import Float8, linear
 
 T, K, N = 64, 48, 32
 RECIPES: list[Float8] = ["tensorwise", "rowwise"]
@@ -16,6 +17,17 @@ def operands(*, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, grad = (torch.randn(shape, generator=generator) for shape in ((T, K), (N, K), (T, N)))
     x *= torch.logspace(0, -spread, T)[:, None]
     return x.bfloat16().requires_grad_(), (weight / 7).bfloat16().requires_grad_(), (grad / 1000).bfloat16()
+
+
+def quantised(x: Tensor, dtype: torch.dtype, *, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """x in float8, and what to multiply it by: one scale, or one a slice of `dim`."""
+    if dim is not None:
+        return scaled(x, dtype, dim=dim)
+    rowwise, columnwise, scale = scaled_both_ways(x, dtype)
+    assert rowwise.is_contiguous()
+    assert columnwise.is_contiguous()
+    assert torch.equal(rowwise.t().float(), columnwise.float())
+    return rowwise, scale
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -72,3 +84,20 @@ def test_rows_of_other_sizes_keep_their_digits_where_each_has_a_scale() -> None:
     want = linear(x, weight)[-8:]  # the smallest rows
     rowwise, tensorwise = (error(linear(x, weight, float8=recipe)[-8:], want) for recipe in ("rowwise", "tensorwise"))
     assert rowwise < 0.05 < 0.5 < tensorwise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (1040, 336), (16, 4096)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_kernel_casts_as_the_plain_form_does(rows: int, columns: int, gradient: bool) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scale = torch.tensor(123.4)
+    want, got = cast_both_ways(x, scale, gradient), cast_both_ways(x.cuda(), scale.cuda(), gradient)
+    for ours, plain in zip(got, want, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours.cpu().view(torch.uint8), plain.view(torch.uint8))
+
+
+def test_the_cast_is_an_operator_that_compiles() -> None:
+    x = operands()[0].detach()
+    torch.library.opcheck(cast_both_ways, (x, torch.tensor(3.0), False), test_utils=("test_schema", "test_faketensor"))
