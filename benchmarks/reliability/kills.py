@@ -21,7 +21,7 @@ from pentode.errors import CheckpointError
 STEPS = 24
 RUNS = 66  # of 3 or 4 kills each, some of which end before the last: 200 and more
 PATIENCE = 1.0  # seconds that ranks have to end by themselves when one is killed; launchers wait longer
-FOUR_RANKS = 7  # every so many runs have four
+EVERY = 7  # every so many runs have four
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -31,13 +31,16 @@ def nothing(prepared: Path) -> None:
 
 def case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
     """One run, killed three or four times."""
-    four = number % FOUR_RANKS == FOUR_RANKS - 1
-    layout = [*tiny_run.LAYOUTS][-1] if four else tiny_run.TWO_RANKS[number // 3 % len(tiny_run.TWO_RANKS)]
+    four = number % EVERY == EVERY - 1
+    rest = tiny_run.UP_TO_TWO_RANKS
+    layout = tiny_run.FOUR_RANKS if four else rest[number // 2 % len(rest)]
     config, root = tiny_run.config_of(prepared, layout, steps=STEPS), folder / "run"
     counts = {f"runs of {layout}": 1.0}
     for _ in range(3 + (number % 3 == 0)):
         before = temporary(root)
-        victims = draw.choices(("one rank", "all ranks", "the launcher"), (50, 40, 10))[0]
+        victims = draw.choices(
+            ("one rank", "all ranks", "the launcher"), (50, 40, 10 * (tiny_run.world_of(layout) > 1))
+        )[0]
         begin = tiny_run.launch if victims == "the launcher" else tiny_run.start
         run = begin(config, root, world=tiny_run.world_of(layout))
         done = wait_for_an_instant(run, root, draw)

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2, ZeRO-1, bfloat16": {"parallelism__dp": 2, "optimizer__zero_stage": 1, "model__dtype": "bfloat16"},
     "tp2, float32": {"parallelism__tp": 2},
     "pp2, bfloat16": {"parallelism__pp": 2, "model__dtype": "bfloat16"},
+    "one process, bfloat16": {"model__dtype": "bfloat16"},
     "dp2 x tp2, ZeRO-1, bfloat16": {
         "parallelism__dp": 2,
         "parallelism__tp": 2,
@@ -30,7 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "model__dtype": "bfloat16",
     },
 }
-TWO_RANKS = [name for name in LAYOUTS if " x " not in name]
+*UP_TO_TWO_RANKS, FOUR_RANKS = LAYOUTS
+TWO_RANKS = UP_TO_TWO_RANKS[:-1]
 ZERO = "dp2, ZeRO-1, float32"
 
 
@@ -142,7 +144,7 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 def world_of(layout: str) -> int:
     """How many ranks a layout has."""
-    return 2 if layout in TWO_RANKS else 4
+    return 2 if layout in TWO_RANKS else 4 if layout == FOUR_RANKS else 1
 
 
 def config_of(prepared: Path, layout: str, **settings: Any) -> Path:

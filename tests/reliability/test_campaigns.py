@@ -1,5 +1,6 @@
 """The campaigns of `python -m benchmarks.reliability`, each in a short form; docs/reliability.md has the long one's."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from benchmarks.reliability.campaign import conduct
 from benchmarks.reliability.campaigns import CAMPAIGNS
 
+multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
+
 SHORT = {  # cases, and cases of a pentode that is broken on purpose
-    "kills": (2, 2),
+    "kills": (4, 2),
     "crash-points": (8, 2),
     "crash-points-strace": (2, 0),
     "power-loss": (300, 0),

@@ -23,8 +23,9 @@ from tests.helpers import plain_reader
 from tests.helpers.source import ROOT
 from tests.helpers.tiny import tiny_config
 
+multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
+
 STEPS = 3
-FOUR_RANKS = [*tiny_run.LAYOUTS][-1]
 LLAMA = {
     "type": "llama",
     "hidden_size": 16,
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four ranks, whose boxes are parts of rows and columns."""
     folder = tmp_path_factory.mktemp("prepared")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
-        config = pool.submit(tiny_run.config_of, folder, FOUR_RANKS, steps=STEPS).result()
+        config = pool.submit(tiny_run.config_of, folder, tiny_run.FOUR_RANKS, steps=STEPS).result()
     return config.parent / "reference"
 
 
