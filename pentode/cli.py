@@ -17,6 +17,7 @@ from pentode.version import VERSION
 
 UsageError = typer.BadParameter.__base__  # click's, or the one that newer typers bring along
 INTERRUPTED = 130
+IN_S3 = "s3://"
 
 app = typer.Typer(
     name="pentode",
@@ -234,36 +235,41 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @checkpoints.command("list")
 def list_checkpoints(
-    folder: Annotated[Path, typer.Argument(help="a run's folder: checkpoints_path")],
+    folder: Annotated[str, typer.Argument(help="a run's folder, or s3:// address: checkpoints_path")],
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option("--quick", help="compare sizes, read no checksums")] = False,
 ) -> None:
-    """Print a line for each checkpoint in a run's folder."""
-    from pentode.checkpoint import survey
+    """Print a line for each checkpoint in a run's folder, or of a run in an object store."""
+    from pentode.checkpoint import remote_survey, survey
 
-    found = survey.survey(folder, checksums=not quick)
+    if folder.startswith(IN_S3):
+        found = remote_survey.found_in(folder, checksums=not quick)
+    else:
+        found = survey.survey(Path(folder), checksums=not quick)
     for line in [survey.as_json(found)] if as_json else survey.table(found):
         typer.echo(line)
 
 
 @checkpoints.command()
-def verify(path: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's: all in it")]) -> None:
+def verify(
+    path: Annotated[str, typer.Argument(help="a checkpoint's folder or s3:// address, or a run's: all in it")],
+) -> None:
     """Compare every file with its checksum; a line for each damage, and exit code 66 if there is any."""
-    from pentode.checkpoint import survey
+    from pentode.checkpoint import remote_survey, survey
 
-    for line in survey.verify(path):
+    for line in remote_survey.verify(path) if path.startswith(IN_S3) else survey.verify(Path(path)):
         typer.echo(line)
 
 
 @checkpoints.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's: its newest checkpoint")],
+    path: Annotated[str, typer.Argument(help="a checkpoint's folder or s3:// address, or a run's: its newest")],
     as_json: AsJson = False,
 ) -> None:
     """Print what a checkpoint holds."""
-    from pentode.checkpoint import survey
+    from pentode.checkpoint import remote_survey, survey
 
-    found = survey.contents(path)
+    found = remote_survey.contents(path) if path.startswith(IN_S3) else survey.contents(Path(path))
     for line in [survey.as_json(found)] if as_json else survey.lines(found):
         typer.echo(line)
 

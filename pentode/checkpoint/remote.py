@@ -19,6 +19,7 @@ from pentode.checkpoint.manifest import FILE_NAME, MANIFEST, STEP_NAME, FileFact
 from pentode.checkpoint.objects import SECONDS, Found, Objects
 from pentode.checkpoint.retry import Clock, Patience
 from pentode.checkpoint.s3_errors import AbsentError
+from pentode.config.places import problem_of
 from pentode.errors import CheckpointError, StorageError
 
 TRANSFERS = 8  # at a time, of all files
@@ -102,11 +103,11 @@ class Remote:
             raise DamagedError(f"{where}: it is that of step {manifest.step}")
         return Entry(manifest, data, found)
 
-    def upload(self, folder: Path, patience: Patience, *, again: bool = True) -> None:
+    def upload(self, folder: Path, patience: Patience, *, again: bool = True) -> bool:
         """Send a checkpoint, or what is missing of it, and its manifest when all of it was read back.
 
-        One that the store has already is read back `again`, or else believed. DamagedError where the local one is not
-        what was saved: then it does not appear in the store.
+        One that the store has already is read back `again`, or else believed, and False returned. DamagedError where
+        the local one is not what was saved: then it does not appear in the store.
         """
         local = with_manifest(folder)
         data, step = (folder / MANIFEST).read_bytes(), local.step
@@ -114,18 +115,19 @@ class Remote:
         manifest = f"{step}/{MANIFEST}"
         published = manifest in there and self._is(patience, manifest, facts_of(data))
         if published and not again:
-            return
+            return False
         if manifest in there and not published:
             log.warning(f"{self.url}/{step}: holds another checkpoint of this step, which is replaced")
             self.objects.remove(patience, [manifest])
         self._each(lambda name: self._send(patience, local, name, there), list(local.manifest.files))
         if published:
-            return
+            return True
         listed = {f"{step}/{name}" for name in (*local.manifest.files, MANIFEST)}
         self.objects.remove(patience, sorted(name for name in there if name not in listed and _is_ours(name)))
         self.objects.write(patience, manifest, data)
         if not self._is(patience, manifest, facts_of(data)):
             raise StorageError(f"{self.url}/{manifest}: what comes back is not what was sent; check the store")
+        return True
 
     def fetch(self, step: int, root: Path, patience: Patience) -> Path | None:
         """Bring a checkpoint to `root`/<step>, every checksum compared; None where the store has none of that step.
@@ -155,11 +157,13 @@ class Remote:
                 raise
         return folder
 
-    def damages(self, step: int, manifest: Manifest, patience: Patience) -> Iterator[DamagedError]:
-        """Read each file of a checkpoint and compare it; what is wrong, one for each file."""
+    def damages(
+        self, step: int, manifest: Manifest, patience: Patience, *, checksums: bool = True
+    ) -> Iterator[DamagedError]:
+        """Read each file of a checkpoint and compare it, or only their sizes; what is wrong, one for each file."""
         for name, facts in manifest.files.items():
             try:
-                self._prove(patience, f"{step}/{name}", facts)
+                (self._prove if checksums else self._check_size)(patience, f"{step}/{name}", facts)
             except DamagedError as error:
                 yield error
 
@@ -253,6 +257,16 @@ class Remote:
         """Do the work for each file, several at a time."""
         for _ in ahead(work, names, workers=min(self.files, len(names))):
             pass
+
+
+def locate(url: str, *, limit: float | None = None) -> tuple[Remote, int | None]:
+    """The run that an address is in, and the step if it names one that is there: s3://bucket/run, or .../run/1200."""
+    above, _, last = url.rstrip("/").rpartition("/")
+    if STEP_NAME.fullmatch(last) and problem_of(above) is None:
+        run = Remote(above, limit=limit)
+        if run.objects.find(run.patience(last), f"{last}/{MANIFEST}") is not None:
+            return run, int(last)
+    return Remote(url, limit=limit), None
 
 
 def bring_newest(root: Path, remote: Remote, *, quarantine: bool = True) -> int | None:

@@ -53,7 +53,7 @@ def survey(root: Path, *, checksums: bool = True) -> Iterator[Found]:
     for step, path, why in sorted(named, key=lambda found: (found[0], found[2], found[1].name)):
         wrong = [] if why else [told(error) for error in damages(path, checksums=checksums)]
         status = why or ("damaged" if wrong else "good" if checksums else "complete")
-        layout = None if wrong else _layout(_config(path))
+        layout = None if wrong else layout_of(config_of(path))
         yield Found(path.name, step, _bytes(path), _when(path), layout, status, wrong)
 
 
@@ -101,7 +101,7 @@ def verify(path: Path) -> Iterator[str]:
 def contents(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, by the folder of its own or of a run; tensor files are not read beyond their headers."""
     checkpoint = find_checkpoint(path)
-    state, config = checkpoint.state, _config(checkpoint.folder)
+    state, config = checkpoint.state, config_of(checkpoint.folder)
     train = state.get("train")
     counts = train if isinstance(train, dict) else {}
     found: dict[str, Any] = {
@@ -112,7 +112,7 @@ def contents(path: Path) -> dict[str, Any]:
         "when": _when(checkpoint.folder),
         "bytes": _bytes(checkpoint.folder),
         "versions": state.get("versions"),
-        "layout": _layout(config),
+        "layout": layout_of(config),
     }
     if config is not None:
         shape = config.model.model_config
@@ -154,7 +154,7 @@ def _group(checkpoint: Checkpoint, group: str) -> dict[str, Any]:
     return {"files": len(files), "bytes": size, "tensors": len(names), "dtypes": sorted(dtypes)}
 
 
-def _config(folder: Path) -> Config | None:
+def config_of(folder: Path) -> Config | None:
     """The config that a checkpoint carries; None where it has none that this Pentode reads."""
     try:
         checkpoint = with_manifest(folder)
@@ -164,7 +164,8 @@ def _config(folder: Path) -> Config | None:
         return None
 
 
-def _layout(config: Config | None) -> dict[str, int] | None:
+def layout_of(config: Config | None) -> dict[str, int] | None:
+    """The layout that a config asks for, by axis."""
     if config is None:
         return None
     p = config.parallelism

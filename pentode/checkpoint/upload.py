@@ -133,8 +133,7 @@ class Uploader:
         """Send a checkpoint; why it could not be sent, if so. Nothing here may end a training run."""
         folder, began = self.root / str(step), self.remote.clock.now()
         try:
-            if step != self.fetched:
-                self.remote.upload(folder, patience, again=self.remove)
+            if step != self.fetched and self.remote.upload(folder, patience, again=self.remove):
                 log.info(f"Uploaded checkpoint {step} to {patience.what} ({self.remote.clock.now() - began:.1f} s)")
             if self.remove:
                 self._remove(folder)

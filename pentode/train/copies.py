@@ -1,17 +1,17 @@
 """A run's checkpoints in an object store, from its start to its end: rank 0 moves them, all ranks hear how it went."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.manifest import STEP_NAME
-from pentode.checkpoint.remote import Remote, bring_newest
+from pentode.checkpoint.folder import DamagedError, steps
+from pentode.checkpoint.remote import Remote, bring_newest, locate
 from pentode.checkpoint.save import clean
 from pentode.checkpoint.upload import Uploader
-from pentode.config.places import problem_of
 from pentode.config.schema import Config
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
@@ -89,24 +89,33 @@ class Copies:
 
         on_first_at_length(reach, self.world)
 
-    def bring(self) -> None:
-        """Have the run's newest good checkpoint in its folder, wherever it is now."""
+    def bring(self, *, last: int) -> str | None:
+        """Have the run's newest good checkpoint in its folder, wherever it is now.
+
+        Where only the store has step `last` or a later one, nothing is fetched: the address of what is complete there.
+        """
         if self.place is None:
-            return
-
-        def bring() -> int | None:
-            assert self.remote is not None, "bring() before begin()"
-            clean(self.root)
-            fetched = bring_newest(self.root, self.remote)
-            if fetched is not None:
-                self.remote.fetch_run_file(METRICS, self.root, self.remote.patience())
-            return fetched
-
-        fetched = on_first_at_length(bring, self.world)
+            return None
+        complete, fetched = gather_objects(on_first_at_length(lambda: self._brought(last), self.world), self.world)[0]
         if self.remote is not None:
             self.uploader = Uploader(
                 self.remote, self.root, remove=self.place.remove, fetched=fetched, leave=self.leave
             )
+        return complete
+
+    def _brought(self, last: int) -> tuple[str | None, int | None]:
+        assert self.remote is not None, "bring() before begin()"
+        clean(self.root)
+        patience = self.remote.patience()
+        if not any(int(path.name) >= last for path in steps(self.root)):
+            for step in self.remote.steps(patience):
+                with suppress(DamagedError):
+                    if step >= last and self.remote.entry(patience, step) is not None:
+                        return f"{self.remote.url}/{step}", None
+        fetched = bring_newest(self.root, self.remote)
+        if fetched is not None:
+            self.remote.fetch_run_file(METRICS, self.root, patience)
+        return None, fetched
 
     def go_on(self) -> None:
         """Send what a former process left unsent; what this one goes on from has been read by all ranks."""
@@ -149,6 +158,8 @@ class Copies:
             self.uploader.failed.clear()
             raise StorageError(f"{self._unsent(left)}: {why}; the same command sends what is missing")
         self.remote.send_run_files(self.root, self.remote.patience())
+        if self.uploader.waited >= 1.0:
+            log.info(f"Training waited {self.uploader.waited:.0f} s for uploads")
 
     def _unsent(self, steps: list[int]) -> str:
         assert self.place is not None, "nothing is sent anywhere"
@@ -168,12 +179,11 @@ def borrow(url: str, root: Path, world: Axis) -> Path:
             if folder.exists():
                 storage.remove(folder)
             storage.make_folder(folder)
-        above, _, last = url.rstrip("/").rpartition("/")
-        if STEP_NAME.fullmatch(last) and problem_of(above) is None:
-            run = Remote(above)
-            if run.fetch(int(last), folder, run.patience(last)) is not None:
-                return int(last)
-        return bring_newest(folder, Remote(url), quarantine=False)
+        run, step = locate(url)
+        if step is None:
+            return bring_newest(folder, run, quarantine=False)
+        run.fetch(step, folder, run.patience(step))
+        return step
 
     step = gather_objects(on_first_at_length(bring, world), world)[0]
     if step is None:

@@ -100,12 +100,14 @@ def _train_in(
     after_save: Sequence[AfterSave],
     at_end: Sequence[AtEnd],
 ) -> None:
-    copies.bring()
-    checkpoint = _source(config, root, here)
-    if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= config.tokens.train_steps:
-        log.info(
-            f"{checkpoint.folder}: complete at step {checkpoint.step}; --fresh starts over, tokens.train_steps goes on"
-        )
+    last = config.tokens.train_steps
+    complete = copies.bring(last=last)
+    checkpoint = _source(config, root, here) if complete is None else None
+    if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= last:
+        complete = str(checkpoint.folder)
+    if complete is not None:
+        step = complete.rpartition("/")[2]
+        log.info(f"{complete}: complete at step {step}; --fresh starts over, tokens.train_steps goes on")
         copies.finish()
         return
     log.info("Config:\n" + pformat(config, width=120, indent=1))

@@ -23,6 +23,7 @@ from tests.helpers.kill_run import pentode
 
 _LOAD = JSONFileLoader.load_file
 SECRET = "sEcReT" + 34 * "x"
+FORGOTTEN = 60.0  # seconds after which the proxy drops a request that it holds back
 TRY_AGAIN = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>told by the proxy</Message></Error>'
 
 
@@ -182,6 +183,7 @@ class Proxy:
         self.plan = plan
         self.requests: list[str] = []
         self.faults = 0
+        self.forgotten = False  # whether a client waited for an answer for longer than it should
         self._lock = threading.Lock()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -216,7 +218,7 @@ class Proxy:
 
     def _pass(self, client: socket.socket, head: bytes, fault: Fault) -> None:
         if fault.held is not None:
-            fault.held.wait(120)
+            self.forgotten |= not fault.held.wait(FORGOTTEN)
             return
         body = _body(client, head)
         if fault.answer is not None:

@@ -36,7 +36,7 @@ def save_and_send(*, root: str, url: str, environment: dict[str, str], refused: 
     place = Place(url, is_the_run=True, remove=True)
     with Copies(place, folder, world) as copies:
         copies.begin(fresh=False)
-        copies.bring()
+        copies.bring(last=10)
         copies.go_on()
         for step in (1, 2):
             save(folder, step=step, groups={}, state={}, files={"notes.txt": b"some"}, world=world)
@@ -55,7 +55,9 @@ def bring_back(*, root: str, url: str, environment: dict[str, str], steps: list[
     folder, world = Path(root), everyone()
     with Copies(Place(url, is_the_run=True, remove=True), folder, world) as copies:
         copies.begin(fresh=False)
-        copies.bring()
+        assert copies.bring(last=steps[-1]) == f"{url}/{steps[-1]}"
+        assert newest(folder) is None
+        assert copies.bring(last=10) is None
         found = newest(folder)
         assert found is not None
         assert found.step == steps[-1]

@@ -109,8 +109,9 @@ def test_a_store_that_does_not_answer_is_asked_again(
     tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, gate = checkpoint(tmp_path, 4), Gate("partNumber=2")
-    with through(gate, monkeypatch):
+    with through(gate, monkeypatch) as proxy:
         upload(remote_of(store, seconds=0.3), folder)
+    assert not proxy.forgotten
     gate.opened.set()
     assert gate.count == 2
     assert whole(store, folder)

@@ -66,7 +66,9 @@ def test_a_run_in_the_store_is_saved_there_and_gone_on_with_from_there(
     assert [row["step"] for row in rows(tmp_path / "other")] == list(range(1, 13))
 
     assert run_command(["train", str(file)]) == 0
-    assert "complete at step 12" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{store.url}/12: complete at step 12" in told
+    assert "Downloading" not in told
 
 
 def test_a_resumed_run_ends_in_the_bits_of_one_without_a_store(tmp_path: Path, store: Bucket) -> None:

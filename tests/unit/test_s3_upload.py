@@ -31,7 +31,7 @@ class Shop:
     def patience(self, what: int | str = "") -> Patience:
         return Patience(f"{self.url}/{what}", clock=self.clock)
 
-    def upload(self, folder: Path, patience: Patience, *, again: bool) -> None:
+    def upload(self, folder: Path, patience: Patience, *, again: bool) -> bool:
         self.busy.set()
         while not self.open.wait(0.01):
             if patience.stop.is_set():
@@ -42,6 +42,7 @@ class Shop:
         if int(folder.name) in self.refused:
             raise StorageError(f"{folder.name} is refused")
         self.taken.append(int(folder.name))
+        return True
 
     def send_run_files(self, root: Path, patience: Patience) -> None:
         assert root.is_dir()
