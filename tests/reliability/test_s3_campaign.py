@@ -12,7 +12,7 @@ from pentode.checkpoint.folder import newest
 from pentode.checkpoint.manifest import MANIFEST, Manifest
 from pentode.checkpoint.remote import bring_newest
 from pentode.errors import CheckpointError
-from tests.helpers.kill_run import Command, exit_code, output
+from tests.helpers.kill_run import Command, exit_code
 from tests.helpers.object_store import Bucket, Fault, Gate, Proxy, bucket, pentode_in_parts
 from tests.helpers.sent import bucket_in_parts, checkpoint, contents, fetch, remote_of, upload, whole
 from tests.helpers.tiny import tiny_yaml, weights
@@ -126,6 +126,12 @@ def test_fifty_kills_in_mid_upload_change_no_byte(tmp_path: Path, monkeypatch: p
     print(f"{kills} kills in an upload, {runs} runs, all with the same last bytes")
 
 
+def output(root: Path) -> str:
+    """What a process printed."""
+    log = root.with_name(root.name + ".log")
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
 def local_steps(root: Path) -> list[int]:
     return [int(path.name) for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
 
@@ -136,7 +142,7 @@ def expected(folder: Path) -> bytes:
     if not plain.exists():
         plain.mkdir()
         command = Command(pentode_in_parts, lambda root: [{}, "train", str(tiny_yaml(plain))])
-        assert command.run(plain / "log") == 0, output(plain / "log")
+        assert exit_code(command.start(plain / "log")) == 0, output(plain / "log")
     return weights(plain / "run", 12)
 
 
