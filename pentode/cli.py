@@ -87,17 +87,18 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
     from pentode.dist import launch
     from pentode.generate.closing import closing_sample
     from pentode.report.page import write_report
-    from pentode.train.start import AfterSave, AtEnd, start
+    from pentode.train.saving import Published
+    from pentode.train.start import AtEnd, start
 
-    after_save: list[AfterSave] = [write_report]
+    published: list[Published] = []
     at_end: list[AtEnd] = [closing_sample]
     with ExitStack() as held:
         if config.checkpoints.save_hf and launch.world().rank == 0:
             uploaded = isinstance(config.checkpoints.checkpoints_path, str) or config.s3_upload is not None
             folders = held.enter_context(HFFolders(config.checkpoints.folder, prune=not uploaded))
-            after_save.append(folders.wake)
+            published.append(lambda folder: folders.wake(folder.parent))
             at_end.append(lambda run, root: folders.finish())
-        start(config, notes=notes, fresh=fresh, after_save=after_save, at_end=at_end)
+        start(config, notes=notes, fresh=fresh, after_save=[write_report], published=published, at_end=at_end)
 
 
 def launched() -> bool:

@@ -126,6 +126,68 @@ def fetch(numbers: torch.Tensor) -> Fetched:
     return Fetched(numbers.to("cpu", non_blocking=True), current_stream(numbers.device).record_event())
 
 
+class Lane:
+    """A queue of copies to the host, beside the device's other work; on a CPU each copy is done when it was asked for.
+
+    Marks say when: one is reached when what was asked for before it is done; None, a CPU's, always is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = new_stream(device) if is_gpu(device) else None
+
+    def after(self, moment: torch.Event | None) -> None:
+        """Do what is asked for from here on only after that moment."""
+        if self._stream is not None and moment is not None:
+            self._stream.wait_event(moment)
+
+    def copy(self, source: torch.Tensor, *, into: torch.Tensor) -> None:
+        """Begin to copy a tensor to the host."""
+        if self._stream is None:
+            into.copy_(source)
+            return
+        with self._stream:
+            into.copy_(source, non_blocking=True)
+
+    def mark(self) -> torch.Event | None:
+        """This moment in the queue of copies."""
+        return None if self._stream is None else self._stream.record_event()
+
+
+def mark(device: torch.device) -> torch.Event | None:
+    """This moment in the work that the device is given."""
+    return current_stream(device).record_event() if is_gpu(device) else None
+
+
+def go_on_after(moment: torch.Event | None, device: torch.device) -> None:
+    """Have the device do what it is given from here on only after that moment; the host does not wait."""
+    if moment is not None:
+        current_stream(device).wait_event(moment)
+
+
+def wait_until(moment: torch.Event | None) -> None:
+    """Return when the device has reached that moment."""
+    if moment is not None:
+        moment.synchronize()
+
+
+def use(device: torch.device) -> None:
+    """Let the calling thread's work go to that device: each thread has one of its own."""
+    if is_gpu(device):
+        torch.cuda.set_device(device)
+
+
+def host_bytes(count: int, device: torch.device, *, pinned: bool = True) -> torch.Tensor:
+    """Memory of the host [count] uint8; `pinned`, a GPU copies there beside its other work, and at full speed."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=pinned and is_gpu(device))
+
+
+def room_beside(peak: int, device: torch.device) -> int:
+    """Bytes of a GPU that nobody needs, if this process needs `peak` of them at most; 0 for a CPU."""
+    if not is_gpu(device):
+        return 0
+    return free_memory(device) + torch.cuda.memory_reserved(device) - peak
+
+
 class Graph:
     """Work that a GPU was given once, and does again at a word: on the same memory, with whatever that holds then."""
 

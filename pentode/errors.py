@@ -117,6 +117,20 @@ def on_all_ranks(error: E) -> E:
     return error
 
 
+def to_json(error: PentodeError) -> dict[str, Any]:
+    """An error as JSON holds it."""
+    return {"kind": type(error).__name__, "text": str(error), "facts": dict(error.__dict__)}
+
+
+def from_json(found: dict[str, Any]) -> PentodeError:
+    """The error that `to_json` was given; one of a kind that is not known here keeps its exit code."""
+    kinds: list[type[PentodeError]] = [PentodeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    by_name = {kind.__name__: kind for kind in kinds}
+    return _made_again(by_name.get(found["kind"], RankError), found["text"], found["facts"])
+
+
 def exit_code(error: BaseException) -> int | None:
     """The code that a command ends with; None for what can only be our bug."""
     if isinstance(error, PentodeError):

@@ -11,8 +11,9 @@ that begin with a dot are on their way in or out:
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from pentode.dist.mesh import Axis
 from pentode.dist.together import together
 
 ALONE = Axis("world")
+Read = Callable[[str], Iterator[memoryview]]
 _Plan = tuple[dict[str, bool], int, str]  # has something of each group; bytes to write; a temporary folder
 
 RUN_FILES = (
@@ -65,6 +67,7 @@ def save(
     state: Mapping[str, object],
     files: Mapping[str, bytes] | None = None,
     world: Axis = ALONE,
+    read: Read | None = None,
 ) -> Path:
     """Write checkpoint `root`/`step` and return its folder; when this returns it survives a crash or a power cut.
 
@@ -73,6 +76,7 @@ def save(
     state   what else decides the next step, as JSON; rank 0's is written
     files   other files to carry, by name; rank 0's are written
     world   the ranks that save together; all must call, and none returns before the checkpoint is there
+    read    gives the bytes of a group's tensors in file order, group after group by name; by itself, from the tensors
 
     A valid checkpoint of that step with the same content is kept as it is; one with other content is replaced, a
     damaged one is set aside. Raises StorageError, on all ranks if on one, after which everything stands as before.
@@ -100,7 +104,8 @@ def save(
     def write() -> dict[str, tuple[int, str]]:
         found = {}
         for group, name in file_names([held for held, _, _ in plans], world.rank).items():
-            found[name] = write_tensors(temporary / name, groups.get(group, {}))
+            tensors = groups.get(group, {})
+            found[name] = write_tensors(temporary / name, tensors, data=None if read is None else read(group))
         for name, data in sorted(small.items()):
             found[name] = storage.write(temporary / name, [data])
         return {name: (facts.size, facts.sha256) for name, facts in found.items()}
@@ -135,16 +140,18 @@ def file_names(held: Sequence[Mapping[str, bool]], rank: int) -> dict[str, str]:
     return found
 
 
-def write_tensors(path: Path, group: Mapping[str, Saved]) -> FileFacts:
-    """Write a safetensors file of all boxes of `group`, one tensor on the host at a time; see `layout.header`."""
+def write_tensors(
+    path: Path,
+    group: Mapping[str, Saved],
+    *,
+    data: Iterator[memoryview] | None = None,
+) -> FileFacts:
+    """Write a safetensors file of all boxes of `group`, one tensor on the host at a time; see `layout.header`.
+
+    data  their bytes, in the order of `layout.entries`, where they are not to be read from the tensors
+    """
     head = header([entry for entry, _ in entries(group)])
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield head
-        for _, tensor in entries(group):
-            yield _bytes_of(tensor)
-
-    return storage.write(path, pieces())
+    return storage.write(path, chain([head], (_bytes_of(t) for _, t in entries(group)) if data is None else data))
 
 
 def clean(root: Path) -> None:

@@ -27,8 +27,6 @@ NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer.zero_stage": ((0, 1), "sharding gradients and weights (ZeRO-2 and 3)"),
     "model.init_method": (("RandomInit", "ExistingCheckpointInit"), "this way to get the first weights"),
     "model.init_method.scaling_method": (("NUM_LAYERS", "NONE"), "this scaling"),
-    "checkpoints.checkpointing_engine": (("torch",), "the datastates engine"),
-    "checkpoints.datastates": ((None,), "the datastates engine"),
     "metrics_logging.log_level": ((0,), "statistics of each parameter"),
     "data_stages.*.data.dataset": (
         ("PretrainDatasetsArgs", "TextFileDatasetArgs", None),
@@ -342,5 +340,7 @@ def _doubts(c: Config) -> Found:
             "optimizer.learning_rate_scheduler.lr_warmup_steps",
             f"{s.lr_warmup_steps} of tokens.train_steps={steps}; the run ends before the warm-up does",
         )
+    if c.checkpoints.datastates is not None and c.checkpoints.checkpointing_engine != "datastates":
+        yield "checkpoints.datastates", f"has no effect with checkpointing_engine {c.checkpoints.checkpointing_engine}"
     if c.checkpoints.checkpoint_interval > steps and not c.checkpoints.save_final_state:
         yield "checkpoints.checkpoint_interval", f"longer than tokens.train_steps={steps}; nothing will be saved"

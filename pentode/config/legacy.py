@@ -24,6 +24,7 @@ QWEN = "part of Qwen2 shapes, which are not built yet"
 # The keys that never acted in Nanotron, or that act only in what is not built yet.
 INERT: dict[str, Inert] = {
     "checkpoints.checkpoints_path_is_shared_file_system": Inert(SWITCH, "a folder is made by whoever finds it missing"),
+    "checkpoints.datastates.parser_threads": Inert((ANYTHING,), "a checkpoint is written without parsing anything"),
     "doremi": Inert((None,), "DoReMi is not built yet"),
     "general.kill_switch_path": Inert((None,), "stop a run with SIGTERM; it saves first"),
     "model.model_config.initializer_range": Inert((ANYTHING,), "model.init_method decides"),

@@ -135,11 +135,10 @@ class TokenizerArgs:
 
 @section
 class DataStatesArgs:
-    """The DataStates checkpoint engine."""
+    """The datastates engine: that of async, through so much memory of the host and no more."""
 
-    host_cache_size: AtLeastOne = Field(description="GiB of host memory")
-    parser_threads: AtLeastOne = Field(description="threads")
-    pin_host_cache: bool = Field(description="pin that memory")
+    host_cache_size: AtLeastOne = Field(description="GiB of host memory for each process; the next update waits for it")
+    pin_host_cache: bool = Field(True, description="pin that memory: a GPU copies there at full speed")
 
 
 @section
@@ -163,8 +162,16 @@ class CheckpointsArgs:
         True, description="resume_checkpoint_path: go on at its step; false: begin at step 1"
     )
     load_optimizer: bool = Field(True, description="resume_checkpoint_path: take over its optimizer's state")
-    checkpointing_engine: Annotated[Literal["torch", "datastates"], Folds] = Field("torch", description="who writes")
-    datastates: DataStatesArgs | None = Field(None, description="options of the datastates engine")
+    checkpointing_engine: Annotated[Literal["async", "torch", "datastates"], Folds] = Field(
+        "async", description="async: copied away, then written beside the next steps; torch: training waits"
+    )
+    datastates: DataStatesArgs | None = Field(
+        None, description="options of checkpointing_engine datastates, which is async in bounded memory; null: 16 GiB"
+    )
+    on_save_error: Annotated[Literal["stop", "warn"], Folds] = Field(
+        "stop", description="a disk that is full or broken: end the run, or warn and train on to the next save"
+    )
+    grace_s: float = Field(60, gt=0, description="seconds that a run has to save when SIGTERM or SIGUSR1 ends it")
     staging_path: FilePath | None = Field(
         None, description="local folder of a run whose checkpoints_path is s3://; null: s3-staging/bucket/prefix"
     )

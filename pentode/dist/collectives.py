@@ -7,6 +7,8 @@ An axis of size 1 makes each of them the identity.
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
+import secrets
+import threading
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from pentode.dist.board import Board
 from pentode.dist.mesh import Axis
 
 T = TypeVar("T")
@@ -149,9 +152,22 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
     """Every rank's value, in the order of the axis; for small things as of JSON (forward only, no backward)."""
     if axis.size == 1:
         return [value]
+    if axis.board is not None:
+        return axis.board.gather(value)
     found: list[T | None] = [None] * axis.size
     dist.all_gather_object(found, value, group=axis.group)
     return found  # pyright: ignore[reportReturnType]
+
+
+def beside(axis: Axis, cancelled: threading.Event) -> Axis:
+    """The same ranks on a board of their own, for a thread beside this one; all of them must call.
+
+    Whoever waits there for others stops waiting when `cancelled` is set.
+    """
+    if axis.size == 1:
+        return Axis(axis.name)
+    name = gather_objects(secrets.token_hex(8), axis)[0]
+    return Axis(axis.name, axis.size, axis.rank, board=Board(name, axis.size, axis.rank, cancelled))
 
 
 def wait_for_all() -> None:

@@ -7,6 +7,8 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from pentode.dist.board import Board
+
 ORDER = ("pp", "dp", "cp", "tp")  # outermost first: tp ranks are neighbours, on the fastest links
 
 
@@ -14,13 +16,15 @@ ORDER = ("pp", "dp", "cp", "tp")  # outermost first: tp ranks are neighbours, on
 class Axis:
     """One axis as this process sees it: its size, this process's place on it, and its process group.
 
-    An axis of size 1 has no group, and every collective on it is the identity.
+    An axis of size 1 has no group, and every collective on it is the identity. One with a `board` instead of a group is
+    for work beside the training's: objects are gathered by way of the board, from any thread, and nothing else can be.
     """
 
     name: str
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    board: Board | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pentode.train.evaluate import validation_loss
 from pentode.train.journal import FIRST_STEPS, Done, Journal
 from pentode.train.replay import Steps
 from pentode.train.sanity import check_state, check_weights
+from pentode.train.saving import Published, Saver, refresh
 from pentode.train.signals import StopSignal
-from pentode.train.state import TrainState, save_state
+from pentode.train.state import TrainState
 
 
 def train(
@@ -26,35 +27,47 @@ def train(
     sinks: Sinks,
     stop: StopSignal,
     after_save: Sequence[Callable[[Path], object]] = (),
+    published: Sequence[Published] = (),
 ) -> None:
-    """Train from `state` to the last step; checkpoints go to `root`. Raises Preempted when `stop` was asked, saved."""
-    config = run.config
-    checkpoints, last = config.checkpoints, config.tokens.train_steps
-    announce(run, state)
-    journal, steps = Journal(run, sinks, root), Steps(run)
-    saved = state.step if (root / str(state.step)).is_dir() else None
+    """Train from `state` to the last step; checkpoints go to `root`. Raises Preempted when `stop` was asked, saved.
 
-    def save() -> None:
-        nonlocal saved
-        if saved == state.step:
-            return
-        journal.flush()
-        with journal.meter.outside():
-            check_weights(run)
-            check_state(run, state)
-            log.warning(f"Saving checkpoint at {root / str(state.step)}")
-            save_state(run, state, root)
-            saved = state.step
-            refresh(after_save, root)
-        journal.show_disk = True
+    after_save  called with `root` when a checkpoint was begun, and the records so far are written
+    published   called with the folder of each checkpoint that is there, in the thread that wrote it
+    """
+    with Saver(run, root, stop, published=published) as saver:
+        _train(run, state, saver, sinks, after_save)
+
+
+def _train(
+    run: Run, state: TrainState, saver: Saver, sinks: Sinks, after_save: Sequence[Callable[[Path], object]]
+) -> None:
+    checkpoints, last, root, stop = run.config.checkpoints, run.config.tokens.train_steps, saver.root, saver.stop
+    announce(run, state)
+    journal, steps = Journal(run, sinks, root), Steps(run, before_update=saver.before_update)
+    saver.last = state.step if (root / str(state.step)).is_dir() else None
+
+    def save(*, finally_: bool = False) -> None:
+        if saver.last != state.step:
+            journal.flush()
+            with journal.meter.outside():
+                check_weights(run)
+                check_state(run, state)
+                log.warning(f"Saving checkpoint at {root / str(state.step)}")
+                saver.save(state, last=finally_ or state.step == last)
+                refresh(after_save, root)
+            journal.show_disk = True
 
     if checkpoints.save_initial_state and state.step == 0:
         save()
     journal.meter.start()
     while state.step < last:
-        if stop.asked_anywhere(run.mesh.world, now=records_are_due(run, state.step)):
+        asked, trouble = stop.asked_anywhere(run.mesh.world, now=records_are_due(run, state.step), trouble=saver.failed)
+        if trouble:
+            saver.settle()
+        if asked:
             if state.step > 0:
-                save()
+                save(finally_=True)
+            saver.settle(last=True)
             journal.flush()
             raise stop.error(f"saved after step {state.step}" if state.step else "no step was done yet")
         with journal.kept_if_this_fails():
@@ -73,7 +86,8 @@ def train(
             save()
     journal.flush()
     if checkpoints.save_final_state:
-        save()
+        save(finally_=True)
+    saver.settle(last=True)
 
 
 def one_step(run: Run, state: TrainState, steps: Steps) -> Done:
@@ -107,16 +121,6 @@ def records_are_due(run: Run, step: int) -> bool:
     """Whether to read the numbers from the device now: always where that costs nothing, else when a line is printed."""
     tokens, interval = run.config.tokens, run.config.logging.iteration_step_info_interval
     return not devices.is_gpu(run.device) or step % interval == 0 or step in (1, tokens.train_steps)
-
-
-def refresh(views: Sequence[Callable[[Path], object]], root: Path) -> None:
-    """Bring reports and the like up to date; one that cannot be written must not end a run."""
-    for view in views:
-        try:
-            view(root)
-        except Exception as error:  # noqa: BLE001
-            name = type(error).__name__
-            log.warning(f"{root}: a report could not be written, training goes on ({name}: {error})")
 
 
 def announce(run: Run, state: TrainState) -> None:

@@ -1,6 +1,6 @@
 """Steps of one GPU, recorded once and replayed: the host then launches a graph and not a thousand kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from pentode import log
 from pentode.errors import ConfigError
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
-from pentode.train.step import StepResult, train_step
+from pentode.train.step import StepResult, at_once, train_step
 
 WARM_UP = 3  # steps done as they are, in which everything is compiled and memory finds its size
 
@@ -32,10 +32,12 @@ class Steps:
     Replayed are those of a GPU that trains alone, where the config asks for it or by itself if a step needs less than
     half of the memory: the host is what small models wait for, and a recorded step keeps its memory to itself. Not by
     itself with `general.deterministic`.
+
+    before_update  see `train_step`; a recorded step, which cannot wait in its middle, is begun after it
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, *, before_update: Callable[[], object] = at_once) -> None:
+        self.run, self.before_update = run, before_update
         self._left = WARM_UP
         self._recorded: _Recorded | None = None
         gpu, asked = devices.is_gpu(run.device), run.config.model.cuda_graph
@@ -56,7 +58,7 @@ class Steps:
             return self._replay(self._recorded, batches, learning_rate)
         self._left -= 1
         moved = [batch.to(self.run.device) for batch in batches]
-        return train_step(self.run, moved, learning_rate=learning_rate)
+        return train_step(self.run, moved, learning_rate=learning_rate, before_update=self.before_update)
 
     def _is_time(self) -> bool:
         """Whether to record: enough steps were done, and they show that it pays."""
@@ -93,6 +95,7 @@ class Steps:
         for own, batch in zip(recorded.batches, batches, strict=True):
             own.copy_(batch)
         recorded.learning_rate.fill_(learning_rate)
+        self.before_update()
         recorded.graph.replay()
         return StepResult(recorded.result.numbers.clone())
 

@@ -43,19 +43,21 @@ class StopSignal:
         finally:
             self.patient = False
 
-    def asked_anywhere(self, world: Axis, *, now: bool) -> bool:
-        """Whether any rank was asked to stop; with several ranks they agree on that where `now`, and else go on.
+    def asked_anywhere(self, world: Axis, *, now: bool, trouble: bool = False) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any has `trouble`.
 
-        A signal reaches ranks at different steps, and none may leave the others in a collective.
+        With several ranks they agree on that where `now`, and else go on: a signal or trouble reaches ranks at
+        different steps, and none may leave the others in a collective.
         """
         if world.size == 1:
-            return self.asked is not None
+            return self.asked is not None, trouble
         if not now:
-            return False
-        number = collectives.max_(torch.tensor(self.asked or 0, device=self.device), world).item()
+            return False, False
+        own = torch.tensor([self.asked or 0, int(trouble)], device=self.device)
+        number, anywhere = collectives.max_(own, world).tolist()
         if number:  # never back to None: a signal may have come since this rank looked
             self.asked = signal.Signals(number)
-        return number != 0
+        return number != 0, anywhere != 0
 
     def error(self, where: str) -> Preempted | Interrupted:
         """What the run ends with; `where` says what was saved."""

@@ -24,7 +24,8 @@ from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.agree import check_agreement
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.copies import Copies, Place, borrow, give_back
-from pentode.train.loop import refresh, train
+from pentode.train.loop import train
+from pentode.train.saving import Published, refresh
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, check_data, restore
 
@@ -38,13 +39,15 @@ def start(
     notes: Sequence[str] = (),
     fresh: bool = False,
     after_save: Sequence[AfterSave] = (),
+    published: Sequence[Published] = (),
     at_end: Sequence[AtEnd] = (),
 ) -> None:
     """Train until `tokens.train_steps`, going on from the newest checkpoint in `checkpoints_path` if there is one.
 
     notes       what the config's author should know, printed first
     fresh       remove the run that stands there, and begin again
-    after_save  called with the run's folder after each checkpoint
+    after_save  called on rank 0 with the run's folder when a checkpoint was begun
+    published   called on rank 0 with the folder of each checkpoint that is there, in the thread that wrote it
     at_end      called with the run and its folder when training is complete
     """
     here = launch.world()
@@ -77,7 +80,8 @@ def start(
             together(lambda: _log_to_file(root, here), world)
             for note in notes:
                 log.warning(note)
-            _train_in(root, config, here, stop, copies, [*after_save, copies.after_save], at_end)
+            sent = [*published, lambda folder: copies.after_save(folder.parent)]
+            _train_in(root, config, here, stop, copies, after_save, sent, at_end)
     except PentodeError as error:
         if error.everywhere and here.size > 1:
             tell_once(error, rank=here.rank, wait_for_all=wait_for_all)
@@ -98,6 +102,7 @@ def _train_in(
     stop: StopSignal,
     copies: Copies,
     after_save: Sequence[AfterSave],
+    published: Sequence[Published],
     at_end: Sequence[AtEnd],
 ) -> None:
     last = config.tokens.train_steps
@@ -121,7 +126,8 @@ def _train_in(
     status = "failed"
     try:
         with stop.until_saved():
-            train(run, state, root=root, sinks=sinks, stop=stop, after_save=after_save if here.rank == 0 else ())
+            hooks = {"after_save": after_save, "published": published} if here.rank == 0 else {}
+            train(run, state, root=root, sinks=sinks, stop=stop, **hooks)
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"

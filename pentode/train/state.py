@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -11,7 +11,6 @@ from pentode import log
 from pentode.checkpoint.folder import Checkpoint
 from pentode.checkpoint.layout import Saved, share_of
 from pentode.checkpoint.load import MASTER, global_shapes, read_tensors
-from pentode.checkpoint.save import save
 from pentode.config.dump import to_yaml
 from pentode.dist.together import together
 from pentode.errors import CheckpointError
@@ -47,25 +46,32 @@ class TrainState:
         self.order_keys[stage.name] = run.feed.order_key
 
 
-def save_state(run: Run, state: TrainState, root: Path) -> None:
-    """Write a checkpoint of the run as it stands after `state.step` updates; every rank returns when it is there."""
+class Content(TypedDict):
+    """What a checkpoint of a run holds, as `checkpoint.save.save` takes it."""
+
+    step: int
+    groups: dict[str, dict[str, Saved]]
+    state: dict[str, object]
+    files: dict[str, bytes]
+
+
+def content(run: Run, state: TrainState) -> Content:
+    """The run as it stands after `state.step` updates; tensors are views of what the next update changes."""
     run.master.wait_for()
     general = replace(run.config.general, step=state.step, consumed_train_samples=state.consumed_samples)
     files = {"config.yaml": to_yaml(replace(run.config, general=general)).encode()}
     if run.feed.tokenizer is not None:
         files |= run.feed.tokenizer.files()
-    save(
-        root,
-        step=state.step,
-        groups={"weights": _weights(run, owned=True), "optimizer": _optimizer(run, owned=True)},
-        state={
+    return {
+        "step": state.step,
+        "groups": {"weights": _weights(run, owned=True), "optimizer": _optimizer(run, owned=True)},
+        "state": {
             "train": asdict(state),
             "updates": int(run.optimizer.updates),
             "versions": {"pentode": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         },
-        files=files,
-        world=run.mesh.world,
-    )
+        "files": files,
+    }
 
 
 def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts: bool = True) -> TrainState:

@@ -1,6 +1,6 @@
 """One training step, whole, the same for every layout (design 1.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,21 @@ class StepResult:
         return self.numbers[1]
 
 
-def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float | Tensor) -> StepResult:
+def at_once() -> None:
+    """Nothing need be waited for."""
+
+
+def train_step(
+    run: Run,
+    batches: Sequence[Batch],
+    *,
+    learning_rate: float | Tensor,
+    before_update: Callable[[], object] = at_once,
+) -> StepResult:
     """Forward and backward over the micro-batches, clip, update, publish.
 
     learning_rate  a number, or 0-d float64 on the device
+    before_update  called when only the update is left: it waits for what still reads weights or optimizer states
     A step whose loss or norm is not finite changes nothing, nor does any step after it (`Run.healthy`).
     """
     check_weights(run)
@@ -57,6 +68,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, learning_rate: float | Ten
     norm = squared_norm.sqrt()
     run.healthy &= torch.isfinite(loss) & torch.isfinite(norm)
     scale = clip.clip_scale(norm, run.config.optimizer.clip_grad)
+    before_update()
     run.optimizer.step(learning_rate=learning_rate, scale=scale, finite=run.healthy, stepped=run.master.send)
     return StepResult.of(loss, norm)
 

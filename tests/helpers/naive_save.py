@@ -13,7 +13,7 @@ HOLD = "hold"  # while this file stands beside the run, the first save stops hal
 
 def with_naive_save(target: Callable[..., object], *arguments: object) -> None:
     """Run a target in which every module that knows pentode's save knows this one instead."""
-    import pentode.train.state  # noqa: F401
+    import pentode.train.saving  # noqa: F401
 
     for module in list(sys.modules.values()):
         if getattr(module, "save", None) is careful_save:

@@ -15,13 +15,14 @@ from torch import Tensor
 from pentode.checkpoint.folder import Checkpoint, open_checkpoint
 from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import global_shapes, read_tensors
+from pentode.checkpoint.save import save
 from pentode.config.schema import Config
 from pentode.dist.launch import World
 from pentode.errors import CheckpointError
 from pentode.run.build import build, initialise_weights
 from pentode.train.loop import one_step
 from pentode.train.replay import Steps
-from pentode.train.state import TrainState, check_data, restore, save_state
+from pentode.train.state import TrainState, check_data, content, restore
 from tests.helpers.tiny import tiny_config
 from tests.helpers.world import WORLD
 
@@ -83,7 +84,7 @@ def trained(*, config: Config, source: Path | None, root: Path) -> list[float]:
     else:
         state = restore(run, open_checkpoint(source))
         check_data(run, state)
-    save_state(run, state, root)
+    save(root, **content(run, state), world=run.mesh.world)
     return [one_step(run, state, steps).result.loss.item() for _ in range(MORE)]
 
 

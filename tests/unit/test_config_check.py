@@ -51,10 +51,6 @@ STAGE = "data_stages.0"
             "PretrainDatasetsArgs or TextFileDatasetArgs or null",
         ),
         (
-            {"checkpoints__checkpointing_engine": "DataStates"},
-            "checkpoints.checkpointing_engine: datastates: the datastates engine is not built yet; use torch",
-        ),
-        (
             {"checkpoints__resume_checkpoint_path": "s3:/b/x"},
             "checkpoints.resume_checkpoint_path: 's3:/b/x' is no address in an object store; write s3://bucket/prefix",
         ),

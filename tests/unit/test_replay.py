@@ -18,7 +18,7 @@ from pentode.run.build import Run
 from pentode.train import replay
 from pentode.train.replay import WARM_UP, Steps
 from pentode.train.state import TrainState
-from pentode.train.step import StepResult, train_step
+from pentode.train.step import StepResult, at_once, train_step
 from tests.helpers.masters import weights
 from tests.helpers.steps import step_batches, tiny_run
 from tests.helpers.tiny import tiny_dict
@@ -42,9 +42,17 @@ class Recorder:
             Graph=self.graph,
         )
 
-    def train_step(self, run: Run, batches: Sequence[Batch], *, learning_rate: float | Tensor) -> StepResult:
+    def train_step(
+        self,
+        run: Run,
+        batches: Sequence[Batch],
+        *,
+        learning_rate: float | Tensor,
+        before_update: Callable[[], object] = at_once,
+    ) -> StepResult:
         if not self.recording:
-            return train_step(run, batches, learning_rate=learning_rate)
+            return train_step(run, batches, learning_rate=learning_rate, before_update=before_update)
+        assert before_update is at_once, "a recorded step cannot wait"
         result = StepResult(torch.full((2,), torch.nan, dtype=torch.float64))
 
         def again() -> None:
@@ -124,6 +132,14 @@ def test_a_recorded_step_has_batches_of_its_own(tmp_path: Path, monkeypatch: pyt
     for step, batches in enumerate(given, start=1):
         for batch, want in zip(batches, step_batches(run, step), strict=True):
             assert torch.equal(batch.tokens, want.tokens)
+
+
+def test_each_update_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, run = played(monkeypatch), run_of(tmp_path)
+    before: list[tuple[int, float]] = []  # steps replayed, and updates done, when it was waited for
+    steps = Steps(run, before_update=lambda: before.append((sum(recorder.replays), run.optimizer.updates.item())))
+    do(steps, STEPS)
+    assert before == [(max(0, step - WARM_UP), step) for step in range(STEPS)]
 
 
 def test_another_length_is_recorded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

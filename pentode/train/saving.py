@@ -1,0 +1,199 @@
+"""Saving a run: at once or beside the next steps, and what an error of it means to the training."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from pentode import device as devices
+from pentode import log
+from pentode.checkpoint.background import Background, HostCache, Snapshot
+from pentode.checkpoint.save import save
+from pentode.config.schema import CheckpointsArgs
+from pentode.dist.board import Cancelled
+from pentode.dist.collectives import beside, max_
+from pentode.errors import RankError, StorageError
+from pentode.run.build import Run
+from pentode.train.signals import StopSignal
+from pentode.train.state import Content, TrainState, content
+
+Published = Callable[[Path], object]
+GIB = 2**30
+DATASTATES_GIB = 16  # Kenotron's host_cache_size where the file has no datastates section
+MARGIN = 1 / 20  # of a GPU's memory, which staging a snapshot there leaves free
+LOOK = 0.25  # seconds between two looks whether all ranks have saved
+ENDING = 5.0  # seconds that a thread has to end when nobody needs its save any more
+
+
+class Saver:
+    """Saves one run, by `checkpoints.checkpointing_engine`; at most one save is under way.
+
+    published  called on this rank with the folder of each checkpoint that is there, by the thread that wrote it
+    """
+
+    def __init__(self, run: Run, root: Path, stop: StopSignal, *, published: Sequence[Published] = ()) -> None:
+        self.run, self.root, self.stop, self.published = run, root, stop, published
+        self.checkpoints = run.config.checkpoints
+        self.asynchronous = self.checkpoints.checkpointing_engine != "torch"
+        self.last: int | None = None  # the step that was saved last, or is being saved
+        self._background = Background()
+        self._world = beside(run.mesh.world, self._background.cancelled)
+        self._cache = host_cache(self.checkpoints, run.device)
+        self._lane = devices.Lane(run.device)
+        self._snapshot: Snapshot | None = None
+        self._room = DeviceRoom(run.device)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._background.busy:
+            self._leave(patient=isinstance(value, Exception))
+
+    def save(self, state: TrainState, *, last: bool = False) -> None:
+        """Save the run as it stands after `state.step` updates, or begin to; every rank must call. See `settle`."""
+        self.settle()
+        what = content(self.run, state)
+        self.last = state.step
+        if self.asynchronous:
+            self._snapshot = self._take(what)
+            snapshot = self._snapshot
+            self._background.start(lambda: self._write_beside(what, snapshot))
+        else:
+            self._judged(lambda: self._write(what), last=last)
+
+    def before_update(self) -> None:
+        """Return when weights and optimizer states may change: their snapshot is taken."""
+        self._room.stepped = True
+        if self._snapshot is not None:
+            self._snapshot.wait_for_copies()
+            self._snapshot = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save beside the training has failed, which `settle` tells of."""
+        return self._background.failed
+
+    def settle(self, *, last: bool = False) -> None:
+        """Return when no save is under way; every rank must call. Raises what the save raised, as all ranks do.
+
+        `last`: no other save follows, so that an error is one even if `checkpoints.on_save_error` says warn.
+        """
+        if not self._background.busy:
+            return
+        if self.run.mesh.world.size > 1:
+            self._wait_for_all()
+        self._judged(self._background.wait, last=last)
+
+    def _wait_for_all(self) -> None:
+        """Return when all ranks' threads have ended; fails, as collectives do, when one of the ranks has died."""
+        end = math.inf
+        while True:
+            busy, failed = not self._background.is_done(within=LOOK), self.failed
+            own = torch.tensor([busy, failed], dtype=torch.int64, device=self.run.device)
+            any_busy, any_failed = max_(own, self.run.mesh.world).tolist()
+            if not any_busy:
+                return
+            if any_failed and end == math.inf:
+                end = time.monotonic() + ENDING  # what is agreed on all know soon; a thread that broke tells nobody
+            if time.monotonic() > end:
+                self._background.cancelled.set()
+
+    def _judged(self, work: Callable[[], object], *, last: bool) -> None:
+        """Do it; a file system's refusal is a warning where the config says so, and another save follows."""
+        try:
+            work()
+        except Cancelled as error:
+            raise RankError("saving: it failed on another rank, whose log tells why") from error
+        except StorageError as error:
+            self.last = None
+            if last or self.checkpoints.on_save_error == "stop":
+                raise
+            log.warning(f"{error}; training goes on")
+
+    def _take(self, what: Content) -> Snapshot:
+        size = sum(saved.nbytes for group in what["groups"].values() for saved in group.values())
+        if self._room.has(size):
+            try:
+                return Snapshot(what["groups"], self._cache, self._lane, staged=True)
+            except torch.OutOfMemoryError:
+                self._room.refuse()
+        return Snapshot(what["groups"], self._cache, self._lane, staged=False)
+
+    def _write_beside(self, what: Content, snapshot: Snapshot) -> None:
+        devices.use(self.run.device)
+
+        def read(group: str) -> Iterator[memoryview]:
+            for piece in snapshot.read(group):
+                if self._background.cancelled.is_set():
+                    raise Cancelled
+                yield piece
+
+        try:
+            snapshot.copy()  # before other ranks are heard of, for whom no update should wait
+            save(self.root, **what, world=self._world, read=read)
+        finally:
+            snapshot.release()
+        self._tell(what["step"])
+
+    def _write(self, what: Content) -> None:
+        save(self.root, **what, world=self.run.mesh.world)
+        self._tell(what["step"])
+
+    def _tell(self, step: int) -> None:
+        refresh(self.published, self.root / str(step))
+
+    def _leave(self, *, patient: bool) -> None:
+        """Let a save end that was begun, for as long as nobody wants this process to be gone; then give it up."""
+        end = time.monotonic() + (self.checkpoints.grace_s if patient else 0.0)
+        while not self._background.is_done(within=LOOK) and time.monotonic() < end and self.stop.asked is None:
+            continue
+        self._background.cancelled.set()
+        self._background.is_done(within=ENDING)
+
+
+class DeviceRoom:
+    """Whether a snapshot fits on the device beside what a step needs at most, as far as steps have shown."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stepped = False  # whether a step was done
+        self._peak, self._staged, self._refused = 0, 0, not devices.is_gpu(device)
+
+    def has(self, size: int) -> bool:
+        """Whether so many bytes fit, which then are taken for a while."""
+        if self._refused or not self.stepped:
+            return False
+        peak = devices.memory(self.device).peak_allocated - self._staged  # at least what the steps alone had
+        self._peak = max(self._peak, peak)
+        room = devices.room_beside(self._peak, self.device)
+        fits = size + MARGIN * devices.total_memory(self.device) <= room
+        self._staged = size if fits else self._staged
+        return fits
+
+    def refuse(self) -> None:
+        """It did not fit after all: nothing is staged any more."""
+        self._refused = True
+
+
+def refresh(views: Sequence[Callable[[Path], object]], path: Path) -> None:
+    """Bring reports and the like up to date; one that cannot be written must not end a run."""
+    for view in views:
+        try:
+            view(path)
+        except Exception as error:  # noqa: BLE001
+            name = type(error).__name__
+            log.warning(f"{path}: a report could not be written, training goes on ({name}: {error})")
+
+
+def host_cache(checkpoints: CheckpointsArgs, device: torch.device) -> HostCache:
+    """The host's memory for snapshots: what the datastates engine is given, else as much as they need."""
+    if checkpoints.checkpointing_engine != "datastates":
+        return HostCache(device)
+    options = checkpoints.datastates
+    if options is None:
+        return HostCache(device, limit=DATASTATES_GIB * GIB)
+    return HostCache(device, limit=options.host_cache_size * GIB, pinned=options.pin_host_cache)
