@@ -1,8 +1,6 @@
 """A Triton kernel: a matrix to float8, by rows and by columns at once. Imported only where a GPU runs it."""
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,12 +11,12 @@ ROWS, COLUMNS = 128, 64  # of a tile; a column of it is written as 128 bytes in 
 
 @triton.jit
 def _cast(
-    x: Any,
-    scale: Any,
-    rowwise: Any,
-    columnwise: Any,
-    M: Any,
-    N: Any,
+    x: tl.tensor,
+    scale: tl.tensor,
+    rowwise: tl.tensor,
+    columnwise: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
     most: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
