@@ -37,7 +37,8 @@ class HFFolders:
         self._seen: set[str] = set()
         self._failed: set[str] = set()
         self._child: tuple[str, subprocess.Popen[bytes], IO[bytes]] | None = None
-        self._one_at_a_time = threading.RLock()  # a save may end in a thread of its own
+        self._one_at_a_time = threading.Lock()  # a save may end in a thread of its own
+        self._left = False
 
     def __enter__(self) -> "HFFolders":
         return self
@@ -50,13 +51,20 @@ class HFFolders:
             self._give_up()
 
     def wake(self, root: Path) -> None:
-        """Look which checkpoints there are in `root`, and begin with what is missing; returns at once."""
+        """Look which checkpoints are in `root`, and begin with what is missing; returns at once. From any thread."""
         with self._one_at_a_time:
+            if self._left:  # a save ended late
+                return
             self.root = root
             try:
                 self._look()
             except OSError as error:
                 log.warning(f"{root / FOLDER}: cannot be written, training goes on ({error})")
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._child is None
 
     def finish(self) -> None:
         """Return when every checkpoint has its folder, or has failed to get one."""
@@ -118,7 +126,9 @@ class HFFolders:
             log.warning(f"{self.root / FOLDER / step}: could not be written, training goes on ({why})")
 
     def _give_up(self) -> None:
-        """End the process, if there is one, and remove what it began."""
+        """End the process, if there is one, and remove what it began; no other is started."""
+        with self._one_at_a_time:
+            self._left = True
         if self._child is None:
             return
         _, process, errors = self._child

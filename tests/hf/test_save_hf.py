@@ -129,9 +129,11 @@ def test_a_run_that_fails_leaves_nothing_half(
 ) -> None:
     converting_by(WAITS, monkeypatch)
     checkpoints(tmp_path / "run", 8)
+    left: list[HFFolders] = []
 
     def fail() -> None:
         with HFFolders(tmp_path / "run", prune=True) as folders:
+            left.append(folders)
             folders.wake(tmp_path / "run")
             pipes[0].read_bytes()
             raise RuntimeError("pulled the plug")
@@ -139,6 +141,8 @@ def test_a_run_that_fails_leaves_nothing_half(
     with pytest.raises(RuntimeError, match="pulled"):
         fail()
     assert names(tmp_path / "run" / "hf") == []
+    left[0].wake(tmp_path / "run")  # by a save that ends late
+    assert left[0].idle
     (tmp_path / "run" / "hf" / ".tmp-8-0123abcd").mkdir()  # as one that was killed leaves it
     converting_by(WRITES, monkeypatch)
     with HFFolders(tmp_path / "run", prune=True):
