@@ -4,6 +4,7 @@ import os
 import resource
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import psutil
 import torch
@@ -186,6 +187,29 @@ def room_beside(peak: int, device: torch.device) -> int:
     if not is_gpu(device):
         return 0
     return free_memory(device) + torch.cuda.memory_reserved(device) - peak
+
+
+class Watch:
+    """Times a GPU's work between moments of its queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[torch.Event] = []
+
+    def __len__(self) -> int:
+        """Marks made so far."""
+        return len(self._marks)
+
+    def mark(self) -> None:
+        """Note the moment at which the GPU has done what it was given so far."""
+        moment = torch.Event(self._device, enable_timing=True)
+        moment.record()
+        self._marks.append(moment)
+
+    def fastest(self) -> float:
+        """The shortest time between two neighbouring marks, in milliseconds; waits for the last one."""
+        self._marks[-1].synchronize()
+        return min(begin.elapsed_time(end) for begin, end in pairwise(self._marks))
 
 
 class Graph:

@@ -122,7 +122,8 @@ class ModelArgs:
         1.0, description="share of activations that compiled blocks keep for backward; what is cheap is computed again"
     )
     cuda_graph: Literal["auto", "on", "off"] = Field(
-        "auto", description="replay a recorded step: one GPU alone; auto: if it needs less than half of its memory"
+        "auto",
+        description="replay a recorded step: one GPU alone; auto: if less than half of its memory is needed, and it is faster",
     )
 
 

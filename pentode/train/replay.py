@@ -14,6 +14,7 @@ from pentode.run.build import Run
 from pentode.train.step import StepResult, at_once, train_step
 
 WARM_UP = 3  # steps done as they are, in which everything is compiled and memory finds its size
+TIMED = 5  # steps then timed of either form, the fastest of which counts
 
 
 @dataclass
@@ -29,9 +30,9 @@ class _Recorded:
 class Steps:
     """Does a run's steps: as `train_step` does, or by replaying one that was recorded.
 
-    Replayed are those of a GPU that trains alone, where the config asks for it or by itself if a step needs less than
-    half of the memory: the host is what small models wait for, and a recorded step keeps its memory to itself. Not by
-    itself with `general.deterministic`.
+    Replayed are those of a GPU that trains alone, where the config asks for it; or by itself, if a step needs less than
+    half of the memory, which a recorded one keeps to itself, and if replaying turns out faster: it is the host that
+    small models wait for. Not by itself with `general.deterministic`.
 
     before_update  see `train_step`; a recorded step, which cannot wait in its middle, is begun after it
     """
@@ -40,6 +41,8 @@ class Steps:
         self.run, self.before_update = run, before_update
         self._left = WARM_UP
         self._recorded: _Recorded | None = None
+        self._given_anew: devices.Watch | None = None
+        self._replayed: devices.Watch | None = None
         gpu, asked = devices.is_gpu(run.device), run.config.model.cuda_graph
         if asked == "on" and not gpu:
             raise ConfigError(["model.cuda_graph: on, but torch finds no GPU here; use auto, or off"])
@@ -52,19 +55,43 @@ class Steps:
         """The next step, of batches that are still with the host."""
         if self._recorded is not None and not _alike(self._recorded.batches, batches):
             self._recorded, self._left = None, WARM_UP  # a stage with other lengths begins
+            self._given_anew = self._replayed = None
         if self._recorded is None and self._is_time():
             self._recorded = self._try_to_record(batches)
         if self._recorded is not None:
-            return self._replay(self._recorded, batches, learning_rate)
-        self._left -= 1
-        moved = [batch.to(self.run.device) for batch in batches]
-        return train_step(self.run, moved, learning_rate=learning_rate, before_update=self.before_update)
+            result = self._replay(self._recorded, batches, learning_rate)
+        else:
+            self._left -= 1
+            moved = [batch.to(self.run.device) for batch in batches]
+            result = train_step(self.run, moved, learning_rate=learning_rate, before_update=self.before_update)
+        if self._asked == "auto" and self._left <= 0:
+            self._compare()
+        return result
 
     def _is_time(self) -> bool:
-        """Whether to record: enough steps were done, and they show that it pays."""
+        """Whether to record: enough steps were done, and timed if it is not known that it pays."""
         if self._asked == "auto" and self._left == 0 and not self._is_small():
             self._asked = "off"
-        return self._asked != "off" and self._left <= 0
+        timed = self._asked == "on" or (self._given_anew is not None and len(self._given_anew) > TIMED)
+        return self._asked != "off" and self._left <= 0 and timed
+
+    def _compare(self) -> None:
+        """Time this step; when enough of both forms were, give the recording up if it is the slower one."""
+        if self._recorded is None:
+            self._given_anew = self._given_anew or devices.Watch(self.run.device)
+            self._given_anew.mark()
+            return
+        self._replayed = self._replayed or devices.Watch(self.run.device)
+        if len(self._replayed) > TIMED:
+            return
+        self._replayed.mark()
+        if len(self._replayed) > TIMED and self._given_anew is not None:
+            replayed, given_anew = self._replayed.fastest(), self._given_anew.fastest()
+            if replayed > given_anew:
+                log.info(
+                    f"A replayed step takes {replayed:.2f} ms, one given anew {given_anew:.2f}: it is from here on"
+                )
+                self._recorded, self._asked = None, "off"
 
     def _is_small(self) -> bool:
         peak, device = devices.memory(self.run.device).peak_allocated, self.run.device

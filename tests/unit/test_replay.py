@@ -16,7 +16,7 @@ from pentode.errors import ConfigError
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
 from pentode.train import replay
-from pentode.train.replay import WARM_UP, Steps
+from pentode.train.replay import TIMED, WARM_UP, Steps
 from pentode.train.state import TrainState
 from pentode.train.step import StepResult, at_once, train_step
 from tests.helpers.masters import weights
@@ -25,6 +25,22 @@ from tests.helpers.tiny import tiny_dict
 
 STEPS = WARM_UP + 4
 TOTAL = 1000  # bytes that the GPU played here has
+
+
+class Watch:
+    """A watch that finds what it is told."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds, self.marks = milliseconds, 0
+
+    def __len__(self) -> int:
+        return self.marks
+
+    def mark(self) -> None:
+        self.marks += 1
+
+    def fastest(self) -> float:
+        return self.milliseconds
 
 
 class Recorder:
@@ -40,7 +56,12 @@ class Recorder:
             total_memory=lambda device: TOTAL,
             free_memory=lambda device: free,
             Graph=self.graph,
+            Watch=self.watch,
         )
+        self.speeds: list[float] = [2.0, 1.0]  # milliseconds of a step given anew, and replayed, and so on
+
+    def watch(self, device: torch.device) -> "Watch":
+        return Watch(self.speeds.pop(0))
 
     def train_step(
         self,
@@ -185,9 +206,25 @@ def test_by_itself_a_step_is_recorded_that_needs_less_than_half_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: Literal["auto", "on"], peak: int, is_recorded: bool
 ) -> None:
     recorder = played(monkeypatch, peak=peak)
-    steps = Steps(run_of(tmp_path, wanted))
-    do(steps, STEPS)
-    assert recorder.replays == ([STEPS - WARM_UP] if is_recorded else [])
+    steps = Steps(run_of(tmp_path, wanted, tokens__train_steps=40))
+    do(steps, STEPS + TIMED)
+    before = WARM_UP + (TIMED if wanted == "auto" else 0)
+    assert recorder.replays == ([STEPS + TIMED - before] if is_recorded else [])
+
+
+@pytest.mark.parametrize(("replayed", "done"), [(1.9, 12), (2.1, TIMED + 1)])
+def test_by_itself_a_recording_is_given_up_that_is_no_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replayed: float, done: int
+) -> None:
+    recorder = played(monkeypatch)
+    recorder.speeds = [2.0, replayed]
+    plain, run = run_of(tmp_path, "off", tokens__train_steps=40), run_of(tmp_path, "auto", tokens__train_steps=40)
+    count = WARM_UP + TIMED + 12
+    do(Steps(plain), count)
+    do(Steps(run), count)
+    assert recorder.replays == [done]
+    for name, weight in weights(plain.master).items():
+        assert torch.equal(weights(run.master)[name], weight)
 
 
 def test_a_step_is_not_recorded_by_itself_where_others_hold_the_memory(
@@ -220,8 +257,8 @@ def test_a_step_that_cannot_be_recorded_is_done_unless_that_was_asked_for(
         with pytest.raises(RuntimeError, match="not permitted"):
             do(steps, STEPS)
         return
-    do(Steps(plain), STEPS)
-    do(steps, STEPS)
+    do(Steps(plain), STEPS + TIMED)
+    do(steps, STEPS + TIMED)
     assert all(
         torch.equal(a, b) for a, b in zip(weights(run.master).values(), weights(plain.master).values(), strict=True)
     )
