@@ -123,7 +123,7 @@ class ModelArgs:
     )
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="replay a recorded step: one GPU alone; auto: if less than half of its memory is needed, and it is faster",
+        description="replay a recorded step: one GPU alone; auto: if it takes less than half of its memory, and is faster",
     )
 
 
