@@ -123,7 +123,7 @@ class ModelArgs:
     )
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="replay a recorded step: one GPU alone; auto: if it takes less than half of its memory, and is faster",
+        description="replay a recorded step: one GPU alone; auto: if that is faster, and fits in half of its memory",
     )
 
 
