@@ -21,7 +21,7 @@ from pentode.metrics.jsonl import NAME as METRICS
 
 BORROWED = "from-s3"  # folder in a run's, of a checkpoint of another run that it begins with
 AT_THE_END = 2 * 3600.0  # seconds that a finished run waits for its uploads
-WHEN_STOPPED = 20.0  # seconds that a preempted one does: schedulers grant 30 or more between the signal and the kill
+WHEN_STOPPED = 20.0  # seconds that a preempted one does at most, whatever its grace
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,13 @@ class Copies:
         self._wait(AT_THE_END)
         on_first_at_length(self._close_the_books, self.world)
 
-    def finish_soon(self) -> None:
-        """Wait for what is under way, but not long: the run was asked to stop, and its next start sends the rest."""
+    def finish_soon(self, *, grace_s: float) -> None:
+        """Wait for what is under way, for a third of `grace_s` at most: the run was asked to stop, and has saved.
+
+        Its next start sends the rest.
+        """
         if self.place is not None:
-            self._wait(WHEN_STOPPED)
+            self._wait(min(WHEN_STOPPED, grace_s / 3))
 
     def _wait(self, seconds: float) -> None:
         uploader = self.uploader

@@ -131,7 +131,7 @@ def _train_in(
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"
-        copies.finish_soon()
+        copies.finish_soon(grace_s=config.checkpoints.grace_s)
         raise
     finally:
         sinks.close(status)

@@ -196,8 +196,10 @@ def test_credentials_are_written_nowhere(
 def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_sends_them(
     tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file, hold = in_s3(tmp_path, store), threading.Event()
-    monkeypatch.setattr(copies, "WHEN_STOPPED", 0.1)
+    file, hold = in_s3(tmp_path, store, checkpoints__grace_s=6), threading.Event()
+    waits: list[float] = []
+    real = copies.Copies._wait
+    monkeypatch.setattr(copies.Copies, "_wait", lambda self, seconds: (waits.append(seconds), real(self, 0.1)))
     monkeypatch.setattr(upload, "FAREWELL", 0.0)
 
     def stuck(request: str, _: int) -> Fault | None:
@@ -209,8 +211,10 @@ def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_s
         assert run_command(["train", str(file)]) == 75
         hold.set()
     assert store.published() == [4]
+    assert waits == [2.0]
     told = capfd.readouterr().out
     assert f"checkpoint 7 is not in the store yet, and kept in {tmp_path / 'run'}; the next start sends" in told
+    monkeypatch.setattr(copies.Copies, "_wait", real)
     assert run_command(["train", str(file)]) == 0
     assert store.published() == [4, 7, 8, 12]
 
