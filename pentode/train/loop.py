@@ -10,6 +10,7 @@ from pentode import log
 from pentode.metrics.sinks import Sinks
 from pentode.optim.schedule import learning_rate
 from pentode.run.build import Run, memory_line
+from pentode.train.collector import Collector
 from pentode.train.evaluate import validation_loss
 from pentode.train.journal import FIRST_STEPS, Done, Journal
 from pentode.train.replay import Steps
@@ -34,12 +35,17 @@ def train(
     after_save  called with `root` when a checkpoint was begun, and the records so far are written
     published   called with the folder of each checkpoint that is there, in the thread that wrote it
     """
-    with Saver(run, root, stop, published=published) as saver:
-        _train(run, state, saver, sinks, after_save)
+    with Saver(run, root, stop, published=published) as saver, Collector() as collector:
+        _train(run, state, saver, sinks, after_save, collector)
 
 
 def _train(
-    run: Run, state: TrainState, saver: Saver, sinks: Sinks, after_save: Sequence[Callable[[Path], object]]
+    run: Run,
+    state: TrainState,
+    saver: Saver,
+    sinks: Sinks,
+    after_save: Sequence[Callable[[Path], object]],
+    collector: Collector,
 ) -> None:
     checkpoints, last, root, stop = run.config.checkpoints, run.config.tokens.train_steps, saver.root, saver.stop
     announce(run, state)
@@ -73,6 +79,7 @@ def _train(
         with journal.kept_if_this_fails():
             done = one_step(run, state, steps)
         journal.add(done)
+        collector.step_done()
         if validation_is_due(run, state.step):
             devices.synchronize(run.device)  # the step's own work is not the validation's
             with journal.meter.outside():
