@@ -197,11 +197,12 @@ def with_manifest(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def newest(root: Path, *, quarantine: bool = False) -> Checkpoint | None:
+def newest(root: Path, *, quarantine: bool = False, fallback: bool = True) -> Checkpoint | None:
     """The newest checkpoint in a run's folder whose every file is proven right; None if the folder holds none.
 
     Each damaged one that is newer gets a line in the log and, with `quarantine`, another name (.bad-<step>-...): only
-    the process that trains there should ask for that. Damaged ones and no good one is a CheckpointError.
+    the process that trains there should ask for that. Damaged ones and no good one is a CheckpointError, and without
+    `fallback` so is a damaged newest one.
     """
     damaged: list[tuple[Path, DamagedError]] = []
     for folder in steps(root):
@@ -209,6 +210,9 @@ def newest(root: Path, *, quarantine: bool = False) -> Checkpoint | None:
             checkpoint = open_checkpoint(folder)
             checkpoint.verify()
         except DamagedError as error:
+            if not fallback:
+                what = f"{error.what}; restore it from a copy or remove it, or set checkpoints.on_corrupt to fallback"
+                raise CheckpointError(what) from error
             damaged.append((folder, error))
             continue
         for bad, error in damaged:

@@ -41,6 +41,8 @@ ALONE = Axis("world")
 Read = Callable[[str], Iterator[memoryview]]
 _Plan = tuple[dict[str, bool], int, str]  # has something of each group; bytes to write; a temporary folder
 
+MANIFEST_LINE = 160  # bytes that the manifest has about a file, roughly
+
 RUN_FILES = (
     "latest.txt",
     "metrics.jsonl",
@@ -152,6 +154,16 @@ def write_tensors(
     """
     head = header([entry for entry, _ in entries(group)])
     return storage.write(path, chain([head], (_bytes_of(t) for _, t in entries(group)) if data is None else data))
+
+
+def size_of(groups: Mapping[str, Mapping[str, Saved]], files: Mapping[str, bytes]) -> int:
+    """Bytes that this rank's files of these groups take, and the given ones; the manifest's line of each is counted."""
+    total = sum(MANIFEST_LINE + len(data) for data in files.values())
+    for group in groups.values():
+        found = [entry for entry, _ in entries(group)]
+        if found:
+            total += MANIFEST_LINE + len(header(found)) + sum(entry.end - entry.begin for entry in found)
+    return total
 
 
 def clean(root: Path) -> None:

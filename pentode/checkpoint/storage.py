@@ -101,6 +101,15 @@ def remove(path: Path) -> None:
     os.rmdir(path)
 
 
+def forget(path: Path) -> None:
+    """Have the next reader of a file that was synced read it from the disk, where the kernel can be told so."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
 def hash_file(path: Path) -> FileFacts:
     """Size and SHA-256 of what a file holds now."""
     hasher, size = hashlib.sha256(), 0

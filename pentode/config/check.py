@@ -303,6 +303,14 @@ def _object_stores(c: Config) -> Found:
         )
 
 
+def _kept(c: Config) -> Found:
+    if c.checkpoints.keep_last is None:
+        if c.checkpoints.keep_every is not None:
+            yield "checkpoints.keep_every", "has no effect without keep_last, since all are kept; leave it out"
+    elif c.s3_upload is not None or isinstance(c.checkpoints.checkpoints_path, str):
+        yield "checkpoints.keep_last", "an upload may still need what it removes; leave it out, or s3"
+
+
 RULES: tuple[Callable[[Config], Found], ...] = (
     _not_built,
     _heads,
@@ -320,6 +328,7 @@ RULES: tuple[Callable[[Config], Found], ...] = (
     _schedule,
     _lowest_rate,
     _patterns,
+    _kept,
     _hugging_face,
     _object_stores,
 )

@@ -37,7 +37,10 @@ def _facts(c: Config) -> Iterator[tuple[str, str]]:
     rate = c.optimizer.learning_rate_scheduler
     zero = f", ZeRO-{c.optimizer.zero_stage} over dp {p.dp}" if c.optimizer.zero_stage and p.dp > 1 else ""
     yield "optimizer", f"{c.optimizer.optimizer_factory.name}, learning rate {rate.learning_rate:g}{zero}"
-    yield "checkpoints", f"every {c.checkpoints.checkpoint_interval:,} steps in {c.checkpoints.checkpoints_path}"
+    kept = "" if c.checkpoints.keep_last is None else f", the newest {c.checkpoints.keep_last} kept"
+    if c.checkpoints.keep_every is not None:
+        kept += f", and each of a step that {c.checkpoints.keep_every} divides"
+    yield "checkpoints", f"every {c.checkpoints.checkpoint_interval:,} steps in {c.checkpoints.checkpoints_path}{kept}"
 
 
 def _layout(c: Config) -> Iterator[tuple[str, str]]:
@@ -73,6 +76,7 @@ def _parameters(c: Config) -> Iterator[tuple[str, str]]:
     gradient = wide if c.optimizer.accumulate_grad_in_fp32 and c.adds_gradients else size
     total = size + master + gradient + adam * wide
     yield "", f"{_human(count * total)}B with gradients, masters and optimizer: {total} bytes a parameter"
+    yield "", f"{_human(count * (total - gradient))}B in a checkpoint"
     p = c.parallelism
     state = (master + adam * wide) / (p.dp if c.optimizer.zero_stage else 1)
     held = count * (size + gradient + state) / (p.pp * p.tp)

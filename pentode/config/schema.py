@@ -172,7 +172,18 @@ class CheckpointsArgs:
     on_save_error: Annotated[Literal["stop", "warn"], Folds] = Field(
         "stop", description="a disk that is full or broken: end the run, or warn and train on to the next save"
     )
-    grace_s: float = Field(60, gt=0, description="seconds that a run has to save when SIGTERM or SIGUSR1 ends it")
+    grace_s: float = Field(
+        60, gt=0, description="seconds to save in when SIGTERM or SIGUSR1 ends the run; then it ends without"
+    )
+    keep_last: AtLeastOne | None = Field(
+        None,
+        description="remove all but so many of the newest checkpoints, when a newer one was read again; null: none",
+    )
+    keep_every: AtLeastOne | None = Field(None, description="keep_last: never remove those of steps that this divides")
+    on_corrupt: Annotated[Literal["fallback", "stop"], Folds] = Field(
+        "fallback", description="a damaged newest checkpoint: go on from an older one, or end with code 66"
+    )
+    check_free_space: bool = Field(True, description="refuse to start where the disk has no room for the checkpoints")
     staging_path: FilePath | None = Field(
         None, description="local folder of a run whose checkpoints_path is s3://; null: s3-staging/bucket/prefix"
     )

@@ -1,6 +1,7 @@
 """Saving a run: at once or beside the next steps, and what an error of it means to the training."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 
 from pentode import device as devices
 from pentode import log
+from pentode.checkpoint import storage
 from pentode.checkpoint.background import Background, HostCache, Snapshot
-from pentode.checkpoint.save import save
-from pentode.config.schema import CheckpointsArgs
+from pentode.checkpoint.folder import steps
+from pentode.checkpoint.keep import prune
+from pentode.checkpoint.save import save, size_of
+from pentode.config.schema import CheckpointsArgs, Config
 from pentode.dist.board import Cancelled
-from pentode.dist.collectives import beside, max_
+from pentode.dist.collectives import beside, gather_objects, max_
+from pentode.dist.together import on_first
 from pentode.errors import RankError, StorageError
 from pentode.run.build import Run
 from pentode.train.signals import StopSignal
@@ -39,6 +44,8 @@ class Saver:
         self.checkpoints = run.config.checkpoints
         self.asynchronous = self.checkpoints.checkpointing_engine != "torch"
         self.last: int | None = None  # the step that was saved last, or is being saved
+        self.seconds = 0.0  # that the last complete save took
+        self._begun = 0.0
         self._background = Background()
         self._world = beside(run.mesh.world, self._background.cancelled)
         self._cache = host_cache(self.checkpoints, run.device)
@@ -56,8 +63,14 @@ class Saver:
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Save the run as it stands after `state.step` updates, or begin to; every rank must call. See `settle`."""
         self.settle()
+        if self.stop.asked is not None and self.seconds > self.checkpoints.grace_s:
+            log.warning(
+                f"checkpoints.grace_s: saving took {self.seconds:.0f} s the last time, more than the "
+                f"{self.checkpoints.grace_s:g} s that there are; this one may not be finished"
+            )
         what = content(self.run, state)
         self.last = state.step
+        self._begun = time.monotonic()
         if self.asynchronous:
             self._snapshot = self._take(what)
             snapshot = self._snapshot
@@ -144,7 +157,15 @@ class Saver:
         self._tell(what["step"])
 
     def _tell(self, step: int) -> None:
+        """What follows a save: hooks, and on rank 0 the removal of older checkpoints."""
+        self.seconds = time.monotonic() - self._begun
         refresh(self.published, self.root / str(step))
+        kept = self.checkpoints
+        if kept.keep_last is not None and self.run.mesh.world.rank == 0:
+            try:
+                prune(self.root, step, keep_last=kept.keep_last, keep_every=kept.keep_every)
+            except StorageError as error:
+                log.warning(f"{error}; older checkpoints could not be removed")
 
     def _leave(self, *, patient: bool) -> None:
         """Let a save end that was begun, for as long as nobody wants this process to be gone; then give it up."""
@@ -187,6 +208,44 @@ def refresh(views: Sequence[Callable[[Path], object]], path: Path) -> None:
         except Exception as error:  # noqa: BLE001
             name = type(error).__name__
             log.warning(f"{path}: a report could not be written, training goes on ({name}: {error})")
+
+
+def check_room(run: Run, state: TrainState, root: Path) -> None:
+    """Refuse to train where the disk has no room for the checkpoints that stay and one more; every rank must call.
+
+    Where all stay, room for two is asked for, and a warning tells if those to come do not fit.
+    """
+    c = run.config.checkpoints
+    to_come = saves_to_come(run.config, state.step)
+    if not (c.check_free_space and to_come):
+        return
+    what, world = content(run, state), run.mesh.world
+    files = what["files"] if world.rank == 0 else {}
+    size = sum(gather_objects(size_of(what["groups"], files), world))
+
+    def look() -> None:
+        with storage.explained(root):
+            free = shutil.disk_usage(root).free
+        kept = c.keep_last or 1
+        count = max(1, min(to_come, kept + 1 - min(kept, len(steps(root)))))
+        if count * size > free:
+            raise StorageError(
+                f"{root}: checkpoints of {size:,} bytes, {count} more of which must fit at a time, but {free:,} bytes "
+                "are free; remove files, point checkpoints.checkpoints_path at another disk, or set "
+                "checkpoints.check_free_space to false"
+            )
+        if c.keep_last is None and to_come * size > free:
+            log.warning(f"{root}: of {to_come} checkpoints to come {free // size} fit on the disk; set keep_last")
+
+    on_first(look, world)
+
+
+def saves_to_come(config: Config, step: int) -> int:
+    """How many checkpoints a run writes after `step`."""
+    c, last = config.checkpoints, config.tokens.train_steps
+    count = last // c.checkpoint_interval - step // c.checkpoint_interval
+    final = c.save_final_state and last % c.checkpoint_interval != 0
+    return count + int(final) + int(c.save_initial_state and step == 0)
 
 
 def host_cache(checkpoints: CheckpointsArgs, device: torch.device) -> HostCache:

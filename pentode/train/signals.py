@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: between two steps, its state saved; at once, while there is nothing to save."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,14 +13,22 @@ from pentode.dist import collectives
 from pentode.dist.mesh import Axis
 from pentode.errors import Interrupted, Preempted
 
+ENDING = (signal.SIGTERM, signal.SIGUSR1)  # after which a scheduler kills the process before long
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the first two from a scheduler, before its limit
 
 
 class StopSignal:
-    """Listens while it is entered, in the main thread. A second Ctrl-C does not wait for the step to end."""
+    """Listens while it is entered, in the main thread. A second Ctrl-C does not wait for the step to end.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    grace_s  seconds after SIGTERM or SIGUSR1, here or on the rank that told of it, after which the process ends with
+             code 75 wherever it stands, even in a call that does not return; None: never
+    """
+
+    def __init__(self, device: torch.device, *, grace_s: float | None = None) -> None:
+        self.device, self.grace_s = device, grace_s
+        self._limit: threading.Timer | None = None
+        self._wakes: tuple[int, int] | None = None  # a pipe into which the kernel's signals are written at once
+        self._wakeup_before = -1
         self.asked: signal.Signals | None = None
         self.patient = False
         self._before: dict[signal.Signals, object] = {}
@@ -28,11 +37,19 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():  # no other thread can listen
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
+            if self.grace_s is not None:
+                self._watch()
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if self._wakes is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakes[1])  # which ends the thread that reads
+            self._wakes = None
+        if self._limit is not None:
+            self._limit.cancel()
 
     @contextmanager
     def until_saved(self) -> Iterator[None]:
@@ -57,12 +74,41 @@ class StopSignal:
         number, anywhere = collectives.max_(own, world).tolist()
         if number:  # never back to None: a signal may have come since this rank looked
             self.asked = signal.Signals(number)
+            self._begin_grace(number)
         return number != 0, anywhere != 0
 
     def error(self, where: str) -> Preempted | Interrupted:
         """What the run ends with; `where` says what was saved."""
         kind = Interrupted if self.asked == signal.SIGINT else Preempted
         return kind(f"{self.asked.name}: {where}; the same command goes on from there")
+
+    def _watch(self) -> None:
+        """Notice signals from a thread: this one may be in a call that never returns, where no handler runs."""
+        reads, writes = self._wakes = os.pipe()
+        os.set_blocking(writes, False)
+        self._wakeup_before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+        def read() -> None:
+            while number := os.read(reads, 1):
+                self._begin_grace(number[0])
+            os.close(reads)
+
+        threading.Thread(target=read, name="signals", daemon=True).start()
+
+    def _begin_grace(self, number: int) -> None:
+        if self.grace_s is not None and self._limit is None and number in ENDING:
+            self._limit = threading.Timer(self.grace_s, self._end, (number,))
+            self._limit.daemon = True
+            self._limit.start()
+
+    def _end(self, number: int) -> None:
+        """End the process: no lock, log or collective is to be trusted any more."""
+        line = (
+            f"pentode: {signal.Signals(number).name}: not saved within checkpoints.grace_s={self.grace_s:g} s; the "
+            "checkpoints before stay, and the same command goes on from the newest\n"
+        )
+        os.write(2, line.encode())
+        os._exit(Preempted.exit_code)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.asked == signal.SIGINT == number

@@ -25,7 +25,7 @@ from pentode.run.agree import check_agreement
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.copies import Copies, Place, borrow, give_back
 from pentode.train.loop import train
-from pentode.train.saving import Published, refresh
+from pentode.train.saving import Published, check_room, refresh
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, check_data, restore
 
@@ -72,7 +72,7 @@ def start(
         check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
         with ExitStack() as held:
             on_first(lambda: held.enter_context(locked(root)), world)
-            stop = held.enter_context(StopSignal(device))
+            stop = held.enter_context(StopSignal(device, grace_s=config.checkpoints.grace_s))
             copies = held.enter_context(Copies(Place.of(config), root, world, leave=lambda: stop.asked is not None))
             copies.begin(fresh=fresh)
             if fresh:
@@ -119,6 +119,7 @@ def _train_in(
     log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
     run, state = _run(config, here, checkpoint, root)
     give_back(root, run.mesh.world)
+    check_room(run, state, root)
     copies.go_on()
     name = expand_run_name(config)
     opened = on_first(lambda: open_sinks(config, run=name, resume_step=state.step), run.mesh.world)
@@ -178,7 +179,7 @@ def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None
     def own() -> Checkpoint | None:
         if first:
             clean(root)
-        return newest(root, quarantine=first)
+        return newest(root, quarantine=first, fallback=config.checkpoints.on_corrupt == "fallback")
 
     found = in_turn(own, everyone())
     if isinstance(other, str):
