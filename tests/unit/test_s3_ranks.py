@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,62 +24,60 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         yield made
 
 
-def environment() -> dict[str, str]:
-    """What lets another process reach the store."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
-
-def save_and_send(*, root: str, url: str, environment: dict[str, str], refused: bool) -> None:
-    """On each rank: save steps 1 and 2, send them; what rank 0 could not send is an error on both."""
-    os.environ.update(environment)
+def send_and_bring_back(*, root: str, url: str, through: dict[str, str], directly: dict[str, str]) -> None:
+    """On each rank: steps 1 and 2 are saved and sent, the second in another try; then they come back."""
     remote.LIMIT = 0.0
-    folder, world = Path(root), everyone()
-    place = Place(url, is_the_run=True, remove=True)
-    with Copies(place, folder, world) as copies:
-        copies.begin(fresh=False)
-        copies.bring(last=10)
-        copies.go_on()
-        for step in (1, 2):
-            save(folder, step=step, groups={}, state={}, files={"notes.txt": b"some"}, world=world)
-            copies.after_save(folder)
-        if not refused:
-            copies.finish()
-            return
+    world = everyone()
+    os.environ.update(through)
+    with sending(Path(root), url) as copies:
         with pytest.raises(StorageError, match="checkpoint 2 is not in the store yet") as raised:
             copies.finish()
         assert raised.value.everywhere
+    os.environ.update(directly)
+    with sending(Path(root), url) as copies:
+        copies.finish()
 
-
-def bring_back(*, root: str, url: str, environment: dict[str, str], steps: list[int]) -> None:
-    """On each rank: the newest checkpoint of the store is in the run's folder, or in a borrowed one."""
-    os.environ.update(environment)
-    folder, world = Path(root), everyone()
+    folder = Path(f"{root}-new")
+    folder.mkdir(exist_ok=True)
     with Copies(Place(url, is_the_run=True, remove=True), folder, world) as copies:
         copies.begin(fresh=False)
-        assert copies.bring(last=steps[-1]) == f"{url}/{steps[-1]}"
+        assert copies.bring(last=2) == f"{url}/2"
         assert newest(folder) is None
         assert copies.bring(last=10) is None
         found = newest(folder)
         assert found is not None
-        assert found.step == steps[-1]
-    for address, step in ((url, steps[-1]), (f"{url}/{steps[0]}", steps[0])):
+        assert found.step == 2
+    for address, step in ((url, 2), (f"{url}/1", 1)):
         there = borrow(address, folder, world)
         assert (there.parent, there.name) == (folder / "from-s3", str(step))
         assert (there / "notes.txt").read_bytes() == b"some"
         give_back(folder, world)
         assert not there.parent.exists()
     with Copies(Place(url, is_the_run=False, remove=True), folder, world) as copies:
-        with pytest.raises(ConfigError, match="--fresh") as raised:
+        with pytest.raises(ConfigError, match="--fresh") as refused:
             copies.begin(fresh=True)
-        assert raised.value.everywhere
+        assert refused.value.everywhere
+
+
+@contextmanager
+def sending(root: Path, url: str) -> Iterator[Copies]:
+    """Save two steps and have them sent."""
+    world = everyone()
+    with Copies(Place(url, is_the_run=True, remove=True), root, world) as copies:
+        copies.begin(fresh=False)
+        copies.bring(last=10)
+        copies.go_on()
+        for step in (1, 2):
+            save(root, step=step, groups={}, state={}, files={"notes.txt": b"some"}, world=world)
+            copies.after_save(root)
+        yield copies
 
 
 def test_rank_0_sends_and_both_ranks_hear_of_it(tmp_path: Path, store: Bucket) -> None:
-    places = {"root": str(tmp_path / "run"), "url": store.url}
     with Proxy(lambda request, _: Fault(answer=500) if "PUT" in request and "/2/" in request else None) as proxy:
-        through_proxy = {**environment(), "AWS_ENDPOINT_URL": proxy.url}
-        run_on_ranks(save_and_send, 2, **places, environment=through_proxy, refused=True)
-    assert store.published() == [1]
-    run_on_ranks(save_and_send, 2, **places, environment=environment(), refused=False)
+        directly = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        through = {**directly, "AWS_ENDPOINT_URL": proxy.url}
+        root = str(tmp_path / "run")
+        run_on_ranks(send_and_bring_back, 2, root=root, url=store.url, through=through, directly=directly)
+    assert proxy.faults > 0
     assert store.published() == [1, 2]
-    run_on_ranks(bring_back, 2, root=str(tmp_path / "new"), url=store.url, environment=environment(), steps=[1, 2])
