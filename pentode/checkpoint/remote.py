@@ -269,12 +269,12 @@ def locate(url: str, *, limit: float | None = None) -> tuple[Remote, int | None]
     return Remote(url, limit=limit), None
 
 
-def bring_newest(root: Path, remote: Remote, *, quarantine: bool = True) -> int | None:
+def bring_newest(root: Path, remote: Remote, *, quarantine: bool = True, fallback: bool = True) -> int | None:
     """See to it that the newest good checkpoint, of those in `root` and those in the store, is in `root`.
 
     Returns its step if it came from the store. Of a step that both have, the local one is taken if it is whole. Newer
     ones that are damaged get a line and, with `quarantine`, are set aside on both sides. Damaged ones and no good one
-    is a CheckpointError; then nothing is set aside.
+    is a CheckpointError, and without `fallback` so is an older one; then nothing is set aside.
     """
     damaged: list[tuple[DamagedError, int, Callable[[], object]]] = []
     patience = remote.patience()
@@ -286,6 +286,10 @@ def bring_newest(root: Path, remote: Remote, *, quarantine: bool = True) -> int 
             except DamagedError as error:
                 damaged.append((error, step, set_aside))
                 continue
+            if not fallback and any(bad != step for _, bad, _ in damaged):
+                raise CheckpointError(
+                    f"{damaged[0][0].what}; restore it from a copy, or set checkpoints.on_corrupt (it is stop)"
+                )
             for error, bad, aside in damaged:
                 log.warning(f"{error.what}; going on from step {step}")
                 if quarantine and bad != step:  # else the good one has taken its place already

@@ -89,21 +89,24 @@ class Copies:
 
         on_first_at_length(reach, self.world)
 
-    def bring(self, *, last: int) -> str | None:
+    def bring(self, *, last: int, fallback: bool = True) -> str | None:
         """Have the run's newest good checkpoint in its folder, wherever it is now.
 
         Where only the store has step `last` or a later one, nothing is fetched: the address of what is complete there.
+        Without `fallback` a damaged newest one is a CheckpointError.
         """
         if self.place is None:
             return None
-        complete, fetched = gather_objects(on_first_at_length(lambda: self._brought(last), self.world), self.world)[0]
+        complete, fetched = gather_objects(
+            on_first_at_length(lambda: self._brought(last, fallback), self.world), self.world
+        )[0]
         if self.remote is not None:
             self.uploader = Uploader(
                 self.remote, self.root, remove=self.place.remove, fetched=fetched, leave=self.leave
             )
         return complete
 
-    def _brought(self, last: int) -> tuple[str | None, int | None]:
+    def _brought(self, last: int, fallback: bool) -> tuple[str | None, int | None]:
         assert self.remote is not None, "bring() before begin()"
         clean(self.root)
         patience = self.remote.patience()
@@ -112,7 +115,7 @@ class Copies:
                 with suppress(DamagedError):
                     if step >= last and self.remote.entry(patience, step) is not None:
                         return f"{self.remote.url}/{step}", None
-        fetched = bring_newest(self.root, self.remote)
+        fetched = bring_newest(self.root, self.remote, fallback=fallback)
         if fetched is not None:
             self.remote.fetch_run_file(METRICS, self.root, patience)
         return None, fetched

@@ -106,7 +106,7 @@ def _train_in(
     at_end: Sequence[AtEnd],
 ) -> None:
     last = config.tokens.train_steps
-    complete = copies.bring(last=last)
+    complete = copies.bring(last=last, fallback=config.checkpoints.on_corrupt == "fallback")
     checkpoint = _source(config, root, here) if complete is None else None
     if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= last:
         complete = str(checkpoint.folder)

@@ -95,6 +95,17 @@ def test_a_damaged_one_costs_a_line_and_is_set_aside(
     assert [name for name in store.names() if re.fullmatch(rf"8/bad-[0-9a-f]{{8}}-{MANIFEST}", name)]
 
 
+def test_an_older_one_is_refused_where_the_config_says_stop(tmp_path: Path, store: Bucket) -> None:
+    remote = remote_of(store)
+    for step in (4, 8):
+        upload(remote, checkpoint(tmp_path / "there", step))
+    flip_object(store, f"8/{WEIGHTS}")
+    before = store.names()
+    with pytest.raises(CheckpointError, match="restore it from a copy"):
+        bring_newest(tmp_path / "new", remote, fallback=False)
+    assert store.names() == before
+
+
 def test_a_damaged_local_one_is_replaced_by_the_stores(tmp_path: Path, store: Bucket) -> None:
     remote, root = remote_of(store), tmp_path / "here"
     folder = checkpoint(root, 4)
