@@ -165,14 +165,17 @@ def conduct(
                 tell(result.problems[-1])
     if control and campaign.broken is not None and only is None:
         numbers = _numbers(campaign, prepared, control, seed + 1)
+        noticed = None
         with _workers(workers, campaign.broken) as pool:
-            broken = _outcomes(pool, campaign, folder / "broken", numbers, seed + 1)
-            noticed = next((tries for tries, (_, outcome, _) in enumerate(broken, 1) if outcome.problem), None)
-            pool.shutdown(cancel_futures=True)
+            for done in range(0, len(numbers), workers):  # few at a time: the first to notice is enough
+                some = _outcomes(pool, campaign, folder / "broken", numbers[done : done + workers], seed + 1)
+                if any(outcome.problem for _, outcome, _ in some):
+                    noticed = done + workers
+                    break
         what = campaign.broken.__doc__.splitlines()[0]
-        result.control = f"noticed in case {noticed} of the control: {what}" if noticed else ""
+        result.control = f"{noticed} cases noticed when {what}" if noticed else ""
         if not noticed:
-            result.problems.append(f"{campaign.name}: {len(numbers)} cases did not notice the control: {what}")
+            result.problems.append(f"{campaign.name}: {len(numbers)} cases did not notice when {what}")
             tell(result.problems[-1])
     result.seconds = time.monotonic() - began
     return result

@@ -91,26 +91,37 @@ def traced_case(prepared: Path, folder: Path, number: int, draw: Random) -> Outc
     call, root = strace.later_calls(prepared)[number], folder / "run"
     config = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS)
     run = strace.start(config, root, prepared, call, "signal=SIGKILL")
-    return _judged(config, root, run, call.rank, str(call), draw, together=draw.random() < 0.5)
+    together = draw.random() < 0.5
+    return _judged(config, root, run, call.rank, str(call), draw, together=together, first=not call.second)
 
 
-def _judged(config: Path, root: Path, run: Ranks, hit: int, where: str, draw: Random, *, together: bool) -> Outcome:
-    """Wait for the death, look at what it left, start twice, and compare the end."""
+def _judged(
+    config: Path,
+    root: Path,
+    run: Ranks,
+    hit: int,
+    where: str,
+    draw: Random,
+    *,
+    together: bool,
+    first: bool = False,
+) -> Outcome:
+    """Wait for the death, look at what it left, start twice, compare the end; `first`: it may be in the first save."""
     died = run.wait_for(hit, 60.0) and run.codes[hit] == -signal.SIGKILL
     if together or not run.wait(GRACE):
         run.kill()
     run.close()
     if not died:
         return Outcome("not reached", f"{where}: the rank did not die there: {run.codes}\n{tiny_run.tail(root)}")
-    left = _whole(root)
+    left = "0" if first and tiny_run.last_step(root) < 0 else _whole(root)
     second = draw.randrange(RECOVERING)
     recovering = tiny_run.start(config, root, prepare=lambda rank: _die_at(rank, second))
     killed_again = recovering.wait_for(0, 60.0) and recovering.codes[0] == -signal.SIGKILL
     if not (recovering.wait(0.0 if killed_again else 60.0)):
         recovering.kill()
     recovering.close()
-    problem = left if not left.isdigit() else _whole(root)
-    if not problem or problem.isdigit():
+    problem = left if left == "0" or not left.isdigit() else _whole(root)
+    if problem.isdigit():
         problem = tiny_run.as_expected(tiny_run.train(config, root), root, config.parent)
     counts = {f"step {left} left": 1, **({"killed again while recovering": 1} if killed_again else {})}
     said = f"{where}{', all ranks' if together else ''}, then at call {second}: {problem}" if problem else ""

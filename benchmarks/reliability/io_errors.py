@@ -1,8 +1,9 @@
 """A disk that refuses: ENOSPC, EDQUOT, EIO or EROFS at every call of a save by two ranks, and in metrics and logs.
 
-The run's second save meets the error, on one of its ranks. All of them must end with code 74 and one line that says
+A save after the first meets the error, on one of its ranks. All of them must end with code 74 and one line that says
 what, where, how much space is needed and free, and what to do; the first checkpoint stays, nothing half-made does, and
-the same command then goes on to the state of a run that met no error. Metrics and logs may end no run.
+the same command then goes on to the state of a run that met no error. With `on_save_error: warn` a run goes on by
+itself, unless it was the last save. Metrics and logs may end no run.
 """
 
 import errno
@@ -22,7 +23,7 @@ from pentode.checkpoint import storage
 from pentode.checkpoint.folder import newest
 from pentode.errors import CheckpointError
 
-STEPS = 6  # two checkpoints
+STEPS = 9  # three checkpoints
 FIRST = tiny_run.INTERVAL
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -30,11 +31,12 @@ NEEDS_SPACE = ("mkdir", "open", "write", "fsync")
 LINE = re.compile(
     r"pentode: (ranks? [\d, and-]+: )?(/\S+): (.*) \(([\d,]+ bytes are needed, )?([\d,]+|an .*) are free\); "
 )
+WENT_ON = "earlier checkpoints are as they were; training goes on"  # what is said to on_save_error: warn
 RECORDS = {
     "metrics.jsonl": "metrics: JsonLines is switched off, training goes on",
     "logs/rank-0.log": "",
 }  # what is said
-LINES_EACH = STEPS  # the first so many writes to each of these files meet an error
+LINES_EACH = 6  # the first so many writes to each of these files meet an error
 
 
 def prepare(prepared: Path) -> None:
@@ -73,13 +75,13 @@ def case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
     code, place = CODES[number % len(CODES)], number // len(CODES)
     known = calls(prepared)
     if place < len(known):
-        stays = code in SPACE and draw.random() < 0.5
-        return _storage_case(prepared, folder, known[place], code, stays=stays)
+        return _storage_case(prepared, folder, known[place], code, draw)
     name, line = divmod(place - len(known), LINES_EACH)
     return _record_case(prepared, folder, list(RECORDS)[name], line, code)
 
 
-def _storage_case(prepared: Path, folder: Path, call: tuple[int, int, str], code: int, *, stays: bool) -> Outcome:
+def _storage_case(prepared: Path, folder: Path, call: tuple[int, int, str], code: int, draw: Random) -> Outcome:
+    stays = code in SPACE and draw.random() < 0.5
     rank_hit, number_hit, name_hit = call
     root, config = folder / "run", prepared / "tiny.yaml"
 
@@ -92,8 +94,9 @@ def _storage_case(prepared: Path, folder: Path, call: tuple[int, int, str], code
 
         storage.os = WatchedOs(watch, storage.os)
 
-    codes = tiny_run.train(config, root, prepare=refuse)
-    where = f"call {number_hit} of rank {rank_hit}, {name_hit}{' and after' if stays else ''}"
+    policy = draw.choice(("stop", "warn"))
+    codes = tiny_run.train(config, root, f"checkpoints.on_save_error={policy}", prepare=refuse)
+    where = f"call {number_hit} of rank {rank_hit}, {name_hit}{' and after' if stays else ''}, to {policy}"
     return _judged(config, root, codes, code, where)
 
 
@@ -112,21 +115,22 @@ def traced_case(prepared: Path, folder: Path, number: int, draw: Random) -> Outc
     code, call = CODES[number % len(CODES)], strace.later_calls(prepared)[number // len(CODES)]
     config, root = tiny_run.config_of(prepared, tiny_run.ZERO, steps=STEPS), folder / "run"
     codes = strace.start(config, root, prepared, call, f"error={errno.errorcode[code]}").finish()
-    return _judged(config, root, codes, code, str(call))
+    return _judged(config, root, codes, code, str(call), first=not call.second)
 
 
-def _judged(config: Path, root: Path, codes: list[int], code: int, where: str) -> Outcome:
-    """What the ranks said and left, and how the same command then ends."""
+def _judged(config: Path, root: Path, codes: list[int], code: int, where: str, *, first: bool = False) -> Outcome:
+    """What the ranks said and left, and how the same command then ends; `first`: it may have been the first save."""
     said = tiny_run.printed(root)
-    problem = _not_undone(root) or not_told(codes, said, root, code)
+    problem = _not_undone(root, first=first) or not_told(codes, said, root, code)
     if not problem:
         problem = tiny_run.as_expected(tiny_run.train(config, root), root, config.parent)
     where = f"{errno.errorcode[code]} at {where}"
-    kind = "latest.txt alone could not be written" if codes == [0, 0] else "stopped with exit 74"
+    kind = "went on to the next save" if WENT_ON in said else "latest.txt alone could not be written"
+    kind = kind if codes == [0, 0] else "stopped with exit 74"
     return Outcome(kind, f"{where}: {problem}\n{tiny_run.tail(root, 4)}" if problem else "", {errno.errorcode[code]: 1})
 
 
-def _not_undone(root: Path) -> str:
+def _not_undone(root: Path, *, first: bool) -> str:
     """What a failed save left that it should not have, or took; empty if all is as promised."""
     halves = [name for name in tiny_run.leftovers(root) if not name.startswith(".tmp-latest")]
     if halves:
@@ -135,13 +139,14 @@ def _not_undone(root: Path) -> str:
         found = newest(root)
     except CheckpointError as error:
         return str(error)
-    return "" if found is not None and found.step in (FIRST, STEPS) else "the first checkpoint is gone"
+    there = first if found is None else found.step >= FIRST
+    return "" if there else "the first checkpoint is gone"
 
 
 def not_told(codes: list[int], said: str, root: Path, code: int) -> str:
     """What the ranks' ends and words lack; empty if nothing."""
     told = [line for line in said.splitlines() if line.startswith("pentode: ")]
-    if codes == [0, 0] and not told and "latest.txt: could not be written" in said:
+    if codes == [0, 0] and not told and ("latest.txt: could not be written" in said or WENT_ON in said):
         return ""
     if codes != [74, 74]:
         return f"exit codes {codes}, not 74"

@@ -16,19 +16,29 @@ from benchmarks.reliability.ranks import Ranks
 
 CALLS = "mkdir,openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,ftruncate"
 LINE = re.compile(r"(\d+) +(\w+)\((?:\d+<([^>]*)>|(?:AT_FDCWD[^,]*, )?\"([^\"]*)\")")
+PATH = re.compile(r"[<\"](/[^>\"]*)[>\"]")
 IN_A_RUN = re.compile(r"/(\.(tmp|old|trash|bad)-|\d+(/|$))|$")  # what follows the run's folder in paths that count
+SECOND = 2 * tiny_run.INTERVAL
+OF_SECOND = re.compile(rf"/(\.tmp-{SECOND}-|{SECOND}(/|$)|\.trash-)")  # paths of the second save, and of what it prunes
 SAME_HEX = "0badcafe"
 
 
 @dataclass(frozen=True)
 class Call:
-    """The `when`-th call of that name by one thread of a rank, among those of a run's checkpoints; its path there."""
+    """A system call of a rank: the `when`-th of that name by one thread, among those like it.
+
+    path     what it is about, from the run's folder on
+    creates  it makes a file
+    second   it is about the second save alone; else about what every save writes to, as the run's folder: then strace,
+             which counts for each thread, and a save may have a thread of its own, finds it in the first
+    """
 
     rank: int
     name: str
     when: int
     path: str
-    creates: bool = False
+    creates: bool
+    second: bool
 
 
 @cache
@@ -70,30 +80,40 @@ def calls(folder: Path) -> list[Call]:
             read = LINE.match(line)
             place = (read[3] or read[4] or "") if read else ""
             if read and place.startswith(root) and IN_A_RUN.match(place[len(root) :]):
-                counts[read[1], read[2]] += 1
-                made = read[2] == "openat" and "O_CREAT" in line
-                found.append(Call(rank, read[2], counts[read[1], read[2]], place[len(root) :], made))
+                second = any(OF_SECOND.match(one) for one in _inside(root, line))
+                counts[read[1], read[2], second] += 1
+                when, creates = counts[read[1], read[2], second], read[2] == "openat" and "O_CREAT" in line
+                found.append(Call(rank, read[2], when, place[len(root) :], creates, second))
     return found
 
 
 def later_calls(folder: Path) -> list[Call]:
-    """Those of each rank from the first of the second save on."""
-    found: list[Call] = []
-    begun: set[int] = set()
-    for call in calls(folder):
-        if f"/.tmp-{2 * tiny_run.INTERVAL}-" in call.path:
-            begun.add(call.rank)
-        if call.rank in begun:
-            found.append(call)
-    return found
+    """Those of the second save, and one of each kind of those that every save makes."""
+    every = {
+        (call.rank, call.name, call.path): call for call in calls(folder) if _of_every_save(call) and call.when < 3
+    }
+    return [call for call in calls(folder) if call.second] + list(every.values())
 
 
 def start(config: Path, root: Path, folder: Path, call: Call, what: str) -> Ranks:
     """Start the run that `record` recorded, and do `what` ("signal=SIGKILL", "error=EIO") at one of its calls."""
-    paths = sorted({f"{root}{seen.path}" for seen in calls(folder)})
-    options = [option for path in paths for option in ("-P", path)]
+    seen = {one for path in folder.glob("calls-*.txt") for one in _inside(str(folder / "run"), path.read_text())}
+    alike = OF_SECOND.match if call.second else _EVERY.match
+    options = [option for one in sorted(filter(alike, seen)) for option in ("-P", f"{root}{one}")]
     options += ["-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.when}"]
     return tiny_run.start(config, root, prepare=same_names, attach=lambda pids: _attach(pids[call.rank], options))
+
+
+_EVERY = re.compile(r"(/\.tmp-latest-.*)?$")
+
+
+def _of_every_save(call: Call) -> bool:
+    return not call.second and call.name != "mkdir" and _EVERY.match(call.path) is not None  # the run's own is there
+
+
+def _inside(root: str, text: str) -> set[str]:
+    """The paths in strace's words that are the run's folder or lie in it, from there on."""
+    return {one[len(root) :] for one in PATH.findall(text) if one == root or one.startswith(f"{root}/")}
 
 
 def _attach(pid: int, options: list[str]) -> None:

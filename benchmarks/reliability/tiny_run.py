@@ -21,7 +21,7 @@ EXACT = ("step", "lm_loss", "val_loss", "grad_norm", "lr", "consumed_tokens")  #
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2, ZeRO-1, float32": {"parallelism__dp": 2, "optimizer__zero_stage": 1},
     "dp2, ZeRO-1, bfloat16": {"parallelism__dp": 2, "optimizer__zero_stage": 1, "model__dtype": "bfloat16"},
-    "tp2, float32": {"parallelism__tp": 2},
+    "tp2, float32, engine torch": {"parallelism__tp": 2, "checkpoints__checkpointing_engine": "torch"},
     "pp2, bfloat16": {"parallelism__pp": 2, "model__dtype": "bfloat16"},
     "one process, bfloat16": {"model__dtype": "bfloat16"},
     "dp2 x tp2, ZeRO-1, bfloat16": {
