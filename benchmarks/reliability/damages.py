@@ -155,7 +155,7 @@ CASES = sum(damage.share for damage in DAMAGES.values())
 
 def prepare(prepared: Path) -> None:
     """Make the run, take its last step away, and see what one process makes of each of its checkpoints."""
-    config = tiny_run.write_config(prepared / "text", steps=STEPS)
+    config = tiny_run.write_config(prepared / "text", steps=STEPS, checkpoints__keep_last=None)
     root = prepared / "run"
     codes = tiny_run.train(config, root)
     assert codes == [0, 0], tiny_run.printed(root)

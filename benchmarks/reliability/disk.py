@@ -19,7 +19,20 @@ from random import Random
 from typing import Any
 
 BLOCK = 512  # bytes that a disk writes at once
-READING = {"path", "fspath", "listdir", "scandir", "stat", "lstat", "strerror", "getpid", "environ", "sep", "fstat"}
+READING = {
+    "path",
+    "fspath",
+    "listdir",
+    "scandir",
+    "stat",
+    "lstat",
+    "strerror",
+    "getpid",
+    "environ",
+    "sep",
+    "fstat",
+    "posix_fadvise",
+}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ LINE = re.compile(
     r"pentode: (ranks? [\d, and-]+: )?(/\S+): (.*) \(([\d,]+ bytes are needed, )?([\d,]+|an .*) are free\); "
 )
 WENT_ON = "earlier checkpoints are as they were; training goes on"  # what is said to on_save_error: warn
+NOT_NAMED = "latest.txt: could not be written"  # which nobody reads
+NOT_REMOVED = "older checkpoints could not be removed"
 RECORDS = {
     "metrics.jsonl": "metrics: JsonLines is switched off, training goes on",
     "logs/rank-0.log": "",
@@ -125,14 +127,13 @@ def _judged(config: Path, root: Path, codes: list[int], code: int, where: str, *
     if not problem:
         problem = tiny_run.as_expected(tiny_run.train(config, root), root, config.parent)
     where = f"{errno.errorcode[code]} at {where}"
-    kind = "went on to the next save" if WENT_ON in said else "latest.txt alone could not be written"
-    kind = kind if codes == [0, 0] else "stopped with exit 74"
+    kind = "stopped with exit 74" if codes != [0, 0] else "went on, and said so"
     return Outcome(kind, f"{where}: {problem}\n{tiny_run.tail(root, 4)}" if problem else "", {errno.errorcode[code]: 1})
 
 
 def _not_undone(root: Path, *, first: bool) -> str:
     """What a failed save left that it should not have, or took; empty if all is as promised."""
-    halves = [name for name in tiny_run.leftovers(root) if not name.startswith(".tmp-latest")]
+    halves = [name for name in tiny_run.leftovers(root) if re.match(r"\.(tmp|old)-\d", name)]
     if halves:
         return f"{', '.join(halves)} was left"
     try:
@@ -146,7 +147,7 @@ def _not_undone(root: Path, *, first: bool) -> str:
 def not_told(codes: list[int], said: str, root: Path, code: int) -> str:
     """What the ranks' ends and words lack; empty if nothing."""
     told = [line for line in said.splitlines() if line.startswith("pentode: ")]
-    if codes == [0, 0] and not told and ("latest.txt: could not be written" in said or WENT_ON in said):
+    if codes == [0, 0] and not told and any(words in said for words in (NOT_NAMED, WENT_ON, NOT_REMOVED)):
         return ""
     if codes != [74, 74]:
         return f"exit codes {codes}, not 74"

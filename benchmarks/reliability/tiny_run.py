@@ -44,6 +44,7 @@ def write_config(folder: Path, *, layout: str = ZERO, steps: int = 18, **changes
         "tokens__micro_batch_size": 2,
         "tokens__batch_accumulation_per_replica": 2 if "pp2" in layout else 1,
         "checkpoints__checkpoint_interval": INTERVAL,
+        "checkpoints__keep_last": 1,  # a save is followed by a prune
     }
     return tiny_yaml(folder, **(settings | LAYOUTS[layout] | changes))
 
