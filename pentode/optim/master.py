@@ -181,13 +181,6 @@ class MasterWeights:
                     source = values.flatten()[part.in_parameter : part.in_parameter + part.length]
                     shard.weight[part.in_part : part.in_part + part.length].copy_(source)
 
-    @torch.no_grad()
-    def adopt_weights(self) -> None:
-        """Take the model's weights, just read from elsewhere, as master weights."""
-        for flat in self.flat:
-            for shard in flat.shards:
-                shard.weight.copy_(flat.model[shard.start : shard.stop])
-
     def bytes(self) -> int:
         """Memory held by weights, master weights and gradients."""
         buffers = sum(flat.model.nbytes + flat.gradient.nbytes for flat in self.flat)
