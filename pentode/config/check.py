@@ -43,7 +43,7 @@ def problems(config: Config, *, world_size: int | None = None) -> list[str]:
     p = config.parallelism
     if world_size is not None and world_size != config.world_size:
         sizes = f"pp={p.pp} x dp={p.dp} x cp={p.context_parallel_size} x tp={p.tp}"
-        remedy = f"; start with --nproc {config.world_size}, or torchrun" if world_size == 1 else ""
+        remedy = f"; start with --nproc {config.world_size}, or torchrun" if world_size == 1 else "; start as many"
         found.append(f"parallelism: {sizes} = {config.world_size} ranks, but WORLD_SIZE is {world_size}{remedy}")
     return found
 

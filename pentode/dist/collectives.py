@@ -31,8 +31,12 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 def replicate(x: Tensor, axis: Axis) -> Tensor:
     """Use a tensor that all ranks of the axis hold alike in work that differs between them.
 
+    x, y  of any shape, alike on all ranks
+
+    group     axis
     forward   nothing
-    backward  all-reduce (sum) of x's gradient
+    backward  all-reduce (sum) of y's gradient
+    gradient  of x: complete
     """
     return x if axis.size == 1 else _Replicate.apply(x, _name(axis))
 
@@ -40,8 +44,12 @@ def replicate(x: Tensor, axis: Axis) -> Tensor:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum the ranks' partial results; all of them get the sum.
 
+    x  of any shape, each rank's own; y of x's shape, alike on all ranks
+
+    group     axis
     forward   all-reduce (sum) of x
     backward  nothing: the sum is used alike by all ranks, so its gradient is already complete
+    gradient  of x: complete
     """
     return x if axis.size == 1 else _AllReduce.apply(x, _name(axis))
 
@@ -49,8 +57,12 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     """Join the ranks' shards along dim.
 
+    x  of any shape, each rank's own; y has axis.size times as much along dim, alike on all ranks
+
+    group     axis
     forward   all-gather of x along dim
-    backward  reduce-scatter (sum) of the result's gradient along dim
+    backward  reduce-scatter (sum) of y's gradient along dim
+    gradient  of x: complete, if each rank holds its own part of the sum that is y's
     """
     return x if axis.size == 1 else _AllGather.apply(x, _name(axis), axis.size, dim)
 
@@ -58,8 +70,12 @@ def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
 def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     """Sum the ranks' partial results; each rank keeps its shard along dim, whose size the axis must divide.
 
+    x  of any shape, each rank's own; y has 1/axis.size of it along dim, each rank its own
+
+    group     axis
     forward   reduce-scatter (sum) of x along dim
-    backward  all-gather of the shard's gradient along dim
+    backward  all-gather of y's gradient along dim
+    gradient  of x: complete
     """
     if axis.size == 1:
         return x
@@ -89,6 +105,9 @@ def sum_and_split(x: Tensor, axis: Axis) -> Tensor:
 def all_max(x: Tensor, axis: Axis) -> Tensor:
     """The elementwise maximum over the ranks, without a gradient.
 
+    x  of any shape, each rank's own; y of x's shape, alike on all ranks
+
+    group     axis
     forward   all-reduce (max) of x
     backward  none: the result is a constant
     """

@@ -27,6 +27,8 @@ class StopSignal:
     def __init__(self, device: torch.device, *, grace_s: float | None = None) -> None:
         self.device, self.grace_s = device, grace_s
         self._limit: threading.Timer | None = None
+        self._left = False
+        self._deciding = threading.Lock()  # whether the limit begins, or the run is left
         self._wakes: tuple[int, int] | None = None  # a pipe into which the kernel's signals are written at once
         self._wakeup_before = -1
         self.asked: signal.Signals | None = None
@@ -48,8 +50,10 @@ class StopSignal:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakes[1])  # which ends the thread that reads
             self._wakes = None
-        if self._limit is not None:
-            self._limit.cancel()
+        with self._deciding:
+            self._left = True  # a signal may still be in the pipe
+            if self._limit is not None:
+                self._limit.cancel()
 
     @contextmanager
     def until_saved(self) -> Iterator[None]:
@@ -96,10 +100,11 @@ class StopSignal:
         threading.Thread(target=read, name="signals", daemon=True).start()
 
     def _begin_grace(self, number: int) -> None:
-        if self.grace_s is not None and self._limit is None and number in ENDING:
-            self._limit = threading.Timer(self.grace_s, self._end, (number,))
-            self._limit.daemon = True
-            self._limit.start()
+        with self._deciding:
+            if self.grace_s is not None and self._limit is None and number in ENDING and not self._left:
+                self._limit = threading.Timer(self.grace_s, self._end, (number,))
+                self._limit.daemon = True
+                self._limit.start()
 
     def _end(self, number: int) -> None:
         """End the process: no lock, log or collective is to be trusted any more."""

@@ -27,7 +27,7 @@ from tests.helpers.world import WORLD
 GPT2 = {"type": "gpt2", "vocab_size": 256}
 LONG = "somewhere/" * 10
 PATIENCE = 120  # seconds after which processes wait for each other for ever
-THREE = "pp=1 x dp=3 x cp=1 x tp=1 = 3 ranks, but WORLD_SIZE is 2"
+THREE = "pp=1 x dp=3 x cp=1 x tp=1 = 3 ranks, but WORLD_SIZE is 2; start as many"
 STAGE: dict[str, Any] = {"name": "a", "start_training_step": 1, "data": {"dataset": None}}
 
 

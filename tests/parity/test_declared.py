@@ -27,20 +27,25 @@ Found = tuple[Counter[str], Counter[str]]  # forward, backward
 
 @contextmanager
 def recording(axis: Axis) -> Iterator[Counter[str]]:
-    """Counts what is sent: collectives by name, and pieces passed on around a ring by the direction of their sum."""
+    """Counts what is sent: collectives by name, and pieces passed on around a ring by the direction of their sum.
+
+    What is sent on another axis counts under another name.
+    """
     sent: Counter[str] = Counter()
 
     def counting(name: str, send: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            sent[name] += 1
-            return send(*args, **kwargs)
+        def counted(x: Tensor, on: Axis | str, *args: Any, **kwargs: Any) -> Any:
+            own = on == axis if isinstance(on, Axis) else on == collectives._name(axis)
+            sent[name if own else f"{name} on {on}"] += 1
+            return send(x, on, *args, **kwargs)
 
         return counted
 
     class CountedRing(p2p.Ring):
         def start(self, x: Tensor, *, hop: int, into: Tensor) -> p2p.Receipt:
             # axis.size - 1 pieces make one collective: of the same tensor to all a gather, of one for each a scatter
-            sent["all-gather" if x.data_ptr() in self.gathered else "reduce-scatter"] += 1 / (axis.size - 1)
+            kind = "all-gather" if x.data_ptr() in self.gathered else "reduce-scatter"
+            sent[kind if self.axis == axis else f"{kind} on {self.axis}"] += 1 / (axis.size - 1)
             return super().start(x, hop=hop, into=into)
 
         gathered: set[int] = set()
@@ -130,9 +135,12 @@ def every_primitive() -> dict[str, tuple[Found, Found]]:
         declared(vocab_logits.__doc__),
         count(lambda x: vocab_logits(x, table, vocab=vocab), numbers(T, D), tp),
     )
-    in_loss, _ = count(lambda x: vocab_loss(x, table, torch.arange(T), vocab=vocab), numbers(T, D), tp)
     three = re.search(r"forward +all-reduce .*, three times a slice", vocab_loss.__doc__ or "")
-    found["vocab_loss"] = (Counter({"all-reduce": 3 if three else 0}), Counter()), (in_loss, Counter())
+    _, after = declared(vocab_loss.__doc__)
+    found["vocab_loss"] = (
+        (Counter({"all-reduce": 3 if three else 0}), after),
+        count(lambda x: vocab_loss(x, table, torch.arange(T), vocab=vocab), numbers(T, D), tp),
+    )
     weight, row = numbers(F // 4, D), numbers(D, F // 4)
     overlapped = {
         tensor_overlap.gathered_linear: (

@@ -289,7 +289,9 @@ def test_the_processes_there_are_must_be_those_asked_for() -> None:
     config = config_from_dict(data())
     assert problems(config) == []
     assert problems(config, world_size=1) == []
-    assert problems(config, world_size=8) == ["parallelism: pp=1 x dp=1 x cp=1 x tp=1 = 1 ranks, but WORLD_SIZE is 8"]
+    assert problems(config, world_size=8) == [
+        "parallelism: pp=1 x dp=1 x cp=1 x tp=1 = 1 ranks, but WORLD_SIZE is 8; start as many"
+    ]
 
 
 def test_what_is_allowed_may_still_be_doubtful() -> None:

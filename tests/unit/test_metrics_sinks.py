@@ -135,7 +135,7 @@ def test_the_config_decides_which_sinks_there_are(tmp_path: Path) -> None:
     config = SimpleNamespace(
         tokens=SimpleNamespace(train_steps=3, sequence_length=8, micro_batch_size=2, batch_accumulation_per_replica=1),
         logging=SimpleNamespace(iteration_step_info_interval=1),
-        checkpoints=SimpleNamespace(checkpoints_path=tmp_path / "run"),
+        checkpoints=SimpleNamespace(folder=tmp_path / "run"),
         general=SimpleNamespace(project="lab", benchmark_csv_path=tmp_path / "bench.csv"),
         data_stages=[
             SimpleNamespace(start_training_step=1, sequence_length=None),

@@ -20,6 +20,7 @@ from pentode.cli import run_command
 from pentode.config.schema import DataStatesArgs
 from pentode.train import loop, saving
 from pentode.train.saving import MARGIN, DeviceRoom, host_cache, saves_to_come
+from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState, content
 from tests.helpers.kill_run import Command, exit_code
 from tests.helpers.steps import tiny_run
@@ -123,6 +124,13 @@ def never_saved(*arguments: str) -> None:
 
     saving.save, loop.one_step = stuck, one_step
     main(list(arguments))
+
+
+def test_a_signal_that_is_noticed_when_the_run_is_left_sets_no_limit() -> None:
+    with StopSignal(CPU, grace_s=0.1) as stop:
+        pass
+    stop._begin_grace(signal.SIGTERM)
+    assert stop._limit is None
 
 
 @pytest.mark.parametrize("engine", ["async", "torch"])
