@@ -236,7 +236,7 @@ def whole(run: Run, local: dict[str, Tensor], *, copies_equal: bool = True) -> d
         for start, piece in pieces:
             place = total[tuple(slice(at, at + size) for at, size in zip(start, piece.shape, strict=True))]
             known = ~place.isnan()
-            if copies_equal:
+            if copies_equal and not torch.equal(piece[known], place[known]):  # which is quick to see
                 torch.testing.assert_close(
                     piece[known], place[known], msg=lambda text, n=name: f"copies of {n}: {text}"
                 )
