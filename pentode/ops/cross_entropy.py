@@ -31,14 +31,6 @@ def _statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
     return top, (real - top[:, None]).exp_().sum(dim=1)
 
 
-def _statistics_to_compile(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
-    """`_statistics` in the form of which inductor makes one pass, its sum corrected whenever the maximum grows."""
-    real = _wide(logits)[:, :held]
-    top = real.amax(dim=1, keepdim=True)
-    total = (real - top).exp().sum(dim=1, keepdim=True)
-    return top[:, 0], total[:, 0]
-
-
 def _gradient_(logits: Tensor, held: int, log_total: Tensor, factor: Tensor, hot: Tensor, row: Tensor) -> None:
     grad = _wide(logits).sub_(log_total[:, None]).exp_().mul_(factor[:, None])
     grad[:, held:] = 0
@@ -70,4 +62,4 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 PLAIN = Passes(_statistics, _gradient_, _total)
-TO_COMPILE = Passes(_statistics_to_compile, _gradient_to_compile_, _total)
+TO_COMPILE = Passes(_statistics, _gradient_to_compile_, _total)

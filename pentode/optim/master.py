@@ -38,6 +38,7 @@ class MasterWeights:
     """All parameters of this rank in flat buffers, of which it steps all (ZeRO-0), or 1 / data.size (ZeRO-1).
 
     shards  what this rank steps, in the order in which the next forward needs it
+    shapes  of this rank's part of each parameter, by name
 
     parameters     by name, in the model's order; each becomes a view of the model buffer and keeps its values
     groups         which parameters are stepped alike; every name is in one group
@@ -97,7 +98,7 @@ class MasterWeights:
                 self._of_block.setdefault(block, []).append(bucket)
         self.shards, self._layouts, self._bucket_of = self._in_order()
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._arrivals = dict.fromkeys(parameters, 0)
         self._micro_batches = 0
         self._works: list[torch.distributed.Work] = []
@@ -233,7 +234,7 @@ class MasterWeights:
     def _receive_nothing(self, name: str) -> None:
         """Have zeros where a parameter got no gradient."""
         if name in self._unmoved:
-            self._keep(name, torch.zeros_like(self._unmoved[name].model).view(self._shapes[name]))
+            self._keep(name, torch.zeros_like(self._unmoved[name].model).view(self.shapes[name]))
         else:
             self.gradients[name].zero_()
 

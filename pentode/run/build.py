@@ -114,12 +114,12 @@ def assemble(
     )
     for stage in stages.values():
         stage.before_use = master.wait_for
+    if compiled.prepare_blocks(stages.values(), config, device=device):  # first: it forgets what was compiled before
+        log.info("Compiling each kind of block once; the first step takes longer")
     kernels = compiled.kernels(config, device)
     optimizer = build_optimizer(o.optimizer_factory, master.shards, adamw_update=kernels.update)
     for stage in stages.values():
         stage.vocab = stage.vocab._replace(passes=kernels.loss)
-    if compiled.prepare_blocks(stages.values(), config, device=device):
-        log.info("Compiling each kind of block once; the first step takes longer")
     pipeline = Pipeline(stages, schedule, connect(mesh.pp, device=device))
     healthy = torch.ones((), dtype=torch.bool, device=device)
     return Run(config, world, mesh, device, feed, pipeline, stages, master, optimizer, healthy)

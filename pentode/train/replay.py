@@ -49,13 +49,16 @@ class Steps:
         alone = gpu and run.mesh.world.size == 1 and run.config.general.ignore_sanity_checks
         # A library may choose another kernel for a step that is recorded; a resumed run would record another step.
         same_bits = run.config.general.deterministic
-        self._asked = "off" if not alone or (same_bits and asked == "auto") else asked
+        self._wanted = "off" if not alone or (same_bits and asked == "auto") else asked
+        self._asked = self._wanted  # off once it has turned out not to pay
+        self._last: Sequence[Batch] | None = None
 
     def do(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
         """The next step, of batches that are still with the host."""
-        if self._recorded is not None and not _alike(self._recorded.batches, batches):
-            self._recorded, self._left = None, WARM_UP  # a stage with other lengths begins
+        if self._last is not None and not _alike(self._last, batches):  # a stage with other lengths begins
+            self._recorded, self._left, self._asked = None, WARM_UP, self._wanted
             self._given_anew = self._replayed = None
+        self._last = batches
         if self._recorded is None and self._is_time():
             self._recorded = self._try_to_record(batches)
         if self._recorded is not None:
@@ -70,9 +73,9 @@ class Steps:
 
     def _is_time(self) -> bool:
         """Whether to record: enough steps were done, and timed if it is not known that it pays."""
-        if self._asked == "auto" and self._left == 0 and not self._is_small():
-            self._asked = "off"
         timed = self._asked == "on" or (self._given_anew is not None and len(self._given_anew) > TIMED)
+        if self._asked == "auto" and (self._left == 0 or timed) and not self._is_small():
+            self._asked = "off"
         return self._asked != "off" and self._left <= 0 and timed
 
     def _compare(self) -> None:

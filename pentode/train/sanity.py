@@ -150,7 +150,7 @@ def _in_shape(master: MasterWeights, tensors: Sequence[Tensor]) -> Callable[[str
 
     def held(name: str) -> Tensor:
         found = parts.get(name, [])
-        whole = torch.zeros_like(master.gradients[name], dtype=tensors[0].dtype)
+        whole = tensors[0].new_zeros(master.shapes[name])
         for start, part in found:
             whole.view(-1)[start : start + part.numel()] = part
         return whole
