@@ -123,9 +123,11 @@ class Snapshot:
     def release(self) -> None:
         """Give back all memory, and copy no more, whatever was read."""
         self._to_copy.clear()
-        while self._copies:
-            self._give_back()
-        self._all_asked_for.set()
+        try:
+            while self._copies:
+                self._give_back()
+        finally:
+            self._all_asked_for.set()  # whatever the device says: an update may wait for this
 
     def _give_back(self) -> None:
         found = self._copies.popleft()
@@ -164,6 +166,7 @@ class Background:
     def start(self, work: Callable[[], object]) -> None:
         """Begin; nothing else may be under way."""
         assert self._thread is None, "a save is under way; wait for it first"
+        self.cancelled.clear()  # what an earlier one was given up for is over
         self._thread = threading.Thread(target=self._do, args=(work,), name="save", daemon=True)
         self._thread.start()
 

@@ -20,7 +20,7 @@ from pentode.config.schema import CheckpointsArgs, Config
 from pentode.dist.board import Cancelled
 from pentode.dist.collectives import beside, gather_objects, max_
 from pentode.dist.together import on_first
-from pentode.errors import RankError, StorageError
+from pentode.errors import PentodeError, RankError, StorageError
 from pentode.run.build import Run
 from pentode.train.signals import StopSignal
 from pentode.train.state import Content, TrainState, content
@@ -137,8 +137,6 @@ class Saver:
         return Snapshot(what["groups"], self._cache, self._lane, staged=False)
 
     def _write_beside(self, what: Content, snapshot: Snapshot) -> None:
-        devices.use(self.run.device)
-
         def read(group: str) -> Iterator[memoryview]:
             for piece in snapshot.read(group):
                 if self._background.cancelled.is_set():
@@ -146,6 +144,7 @@ class Saver:
                 yield piece
 
         try:
+            devices.use(self.run.device)
             snapshot.copy()  # before other ranks are heard of, for whom no update should wait
             save(self.root, **what, world=self._world, read=read)
         finally:
@@ -164,7 +163,7 @@ class Saver:
         if kept.keep_last is not None and self.run.mesh.world.rank == 0:
             try:
                 prune(self.root, step, keep_last=kept.keep_last, keep_every=kept.keep_every)
-            except StorageError as error:
+            except PentodeError as error:
                 log.warning(f"{error}; older checkpoints could not be removed")
 
     def _leave(self, *, patient: bool) -> None:

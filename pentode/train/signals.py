@@ -27,6 +27,7 @@ class StopSignal:
     def __init__(self, device: torch.device, *, grace_s: float | None = None) -> None:
         self.device, self.grace_s = device, grace_s
         self._limit: threading.Timer | None = None
+        self._watcher: threading.Thread | None = None
         self._left = False
         self._deciding = threading.Lock()  # whether the limit begins, or the run is left
         self._wakes: tuple[int, int] | None = None  # a pipe into which the kernel's signals are written at once
@@ -50,6 +51,8 @@ class StopSignal:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakes[1])  # which ends the thread that reads
             self._wakes = None
+        if self._watcher is not None:
+            self._watcher.join(1.0)  # a thread that lives while Python ends may abort the process
         with self._deciding:
             self._left = True  # a signal may still be in the pipe
             if self._limit is not None:
@@ -97,7 +100,8 @@ class StopSignal:
                 self._begin_grace(number[0])
             os.close(reads)
 
-        threading.Thread(target=read, name="signals", daemon=True).start()
+        self._watcher = threading.Thread(target=read, name="signals", daemon=True)
+        self._watcher.start()
 
     def _begin_grace(self, number: int) -> None:
         with self._deciding:
