@@ -78,7 +78,7 @@ class Snapshot:
     def __init__(
         self, groups: Mapping[str, Mapping[str, Saved]], cache: HostCache, lane: devices.Lane, *, staged: bool
     ) -> None:
-        self._cache, self._lane, self._staged = cache, lane, staged
+        self._cache, self._lane, self.staged = cache, lane, staged
         tensors = {group: [tensor.detach() for _, tensor in entries(groups[group])] for group in sorted(groups)}
         if staged:
             tensors = {group: [_contiguous_copy(tensor) for tensor in found] for group, found in tensors.items()}
@@ -90,7 +90,7 @@ class Snapshot:
 
     def wait_for_copies(self) -> None:
         """Have this thread, and the device, change nothing that is still to be copied."""
-        if not self._staged:
+        if not self.staged:
             self._all_asked_for.wait()
             devices.go_on_after(self._last, self._cache.device)
 

@@ -67,6 +67,11 @@ def usable(like: Tensor) -> bool:
             divide_by=one,
             skip=one,
         )
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+    ):  # this torch lacks it; there is no way to ask
         return False
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pentode import device as devices
 from pentode import log
+from pentode.dist.collectives import gather_objects
 from pentode.metrics.sinks import Sinks
 from pentode.optim.schedule import learning_rate
 from pentode.run.build import Run, memory_line
@@ -50,7 +51,8 @@ def _train(
     checkpoints, last, root, stop = run.config.checkpoints, run.config.tokens.train_steps, saver.root, saver.stop
     announce(run, state)
     journal, steps = Journal(run, sinks, root), Steps(run, before_update=saver.before_update)
-    saver.last = state.step if (root / str(state.step)).is_dir() else None
+    there = gather_objects((root / str(state.step)).is_dir(), run.mesh.world)[0]  # one answer for all ranks
+    saver.last = state.step if there else None
 
     def save(*, finally_: bool = False) -> None:
         if saver.last != state.step:

@@ -28,6 +28,7 @@ from pentode.train.state import Content, TrainState, content
 Published = Callable[[Path], object]
 GIB = 2**30
 DATASTATES_GIB = 16  # Kenotron's host_cache_size where the file has no datastates section
+WHOLE = 2  # updates begun, between which a step was whole
 MARGIN = 1 / 20  # of a GPU's memory, which staging a snapshot there leaves free
 LOOK = 0.25  # seconds between two looks whether all ranks have saved
 ENDING = 5.0  # seconds that a thread has to end when nobody needs its save any more
@@ -80,7 +81,7 @@ class Saver:
 
     def before_update(self) -> None:
         """Return when weights and optimizer states may change: their snapshot is taken."""
-        self._room.stepped = True
+        self._room.step_done()
         if self._snapshot is not None:
             self._snapshot.wait_for_copies()
             self._snapshot = None
@@ -149,6 +150,10 @@ class Saver:
             save(self.root, **what, world=self._world, read=read)
         finally:
             snapshot.release()
+            if snapshot.staged:
+                self._room.given_back()
+        if self._background.cancelled.is_set():  # another run may have begun in this folder
+            raise Cancelled
         self._tell(what["step"])
 
     def _write(self, what: Content) -> None:
@@ -156,11 +161,11 @@ class Saver:
         self._tell(what["step"])
 
     def _tell(self, step: int) -> None:
-        """What follows a save: hooks, and on rank 0 the removal of older checkpoints."""
+        """What follows a save: hooks, and on rank 0 the removal of older checkpoints, but in the grace of a signal."""
         self.seconds = time.monotonic() - self._begun
         refresh(self.published, self.root / str(step))
         kept = self.checkpoints
-        if kept.keep_last is not None and self.run.mesh.world.rank == 0:
+        if kept.keep_last is not None and self.run.mesh.world.rank == 0 and self.stop.asked is None:
             try:
                 prune(self.root, step, keep_last=kept.keep_last, keep_every=kept.keep_every)
             except PentodeError as error:
@@ -172,27 +177,36 @@ class Saver:
         while not self._background.is_done(within=LOOK) and time.monotonic() < end and self.stop.asked is None:
             continue
         self._background.cancelled.set()
-        self._background.is_done(within=ENDING)
+        ended = self._background.is_done(within=ENDING)
+        if not ended or self._background.failed:
+            log.warning(f"{self.root / str(self.last)}: this checkpoint was given up; those before it stay")
 
 
 class DeviceRoom:
-    """Whether a snapshot fits on the device beside what a step needs at most, as far as steps have shown."""
+    """Whether a snapshot fits on the device beside what a step needs at most, as far as whole steps have shown."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stepped = False  # whether a step was done
-        self._peak, self._staged, self._refused = 0, 0, not devices.is_gpu(device)
+        self._steps = 0  # updates begun while nothing was staged
+        self._peak, self._refused = 0, not devices.is_gpu(device)
+
+    def step_done(self) -> None:
+        """A step has made its gradients."""
+        self._steps += 1
 
     def has(self, size: int) -> bool:
-        """Whether so many bytes fit, which then are taken for a while."""
-        if self._refused or not self.stepped:
+        """Whether so many bytes fit; nothing may be staged."""
+        if self._refused:
             return False
-        peak = devices.memory(self.device).peak_allocated - self._staged  # at least what the steps alone had
-        self._peak = max(self._peak, peak)
+        if self._steps >= WHOLE:
+            self._peak = max(self._peak, devices.memory(self.device).peak_allocated)
         room = devices.room_beside(self._peak, self.device)
-        fits = size + MARGIN * devices.total_memory(self.device) <= room
-        self._staged = size if fits else self._staged
-        return fits
+        return self._peak > 0 and size + MARGIN * devices.total_memory(self.device) <= room
+
+    def given_back(self) -> None:
+        """Nothing is staged any more: what steps need is seen anew, since one may need more than those before."""
+        devices.reset_peak_memory(self.device)
+        self._steps = 0
 
     def refuse(self) -> None:
         """It did not fit after all: nothing is staged any more."""

@@ -161,3 +161,14 @@ def test_groups_are_read_in_their_order() -> None:
 
     assert b"".join(map(bytes, read("nothing"))) == b""
     assert b"".join(map(bytes, read("weights"))) == b"", "the optimizer's bytes come first"
+
+
+def test_work_that_was_given_up_does_not_give_up_the_next() -> None:
+    background = Background()
+    background.start(lambda: None)
+    background.cancelled.set()
+    background.wait()
+    seen: list[bool] = []
+    background.start(lambda: seen.append(background.cancelled.is_set()))
+    background.wait()
+    assert seen == [False]

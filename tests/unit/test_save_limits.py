@@ -176,7 +176,7 @@ def test_datastates_bounds_the_memory_of_the_host(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_is_staged_where_it_fits_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    peak, room = [500], {"total": 1000}
+    peak, room, resets = [500], {"total": 1000}, []
     monkeypatch.setattr(
         saving,
         "devices",
@@ -184,21 +184,30 @@ def test_a_snapshot_is_staged_where_it_fits_beside_a_step(monkeypatch: pytest.Mo
             is_gpu=lambda device: True,
             memory=lambda device: SimpleNamespace(peak_allocated=peak[0]),
             room_beside=lambda used, device: room["total"] - used,
+            reset_peak_memory=resets.append,
             total_memory=lambda device: room["total"],
         ),
     )
     fits = int(500 - MARGIN * 1000)
     one = DeviceRoom(CPU)
-    assert not one.has(1), "no step has shown what it needs"
-    one.stepped = True
+    one.step_done()
+    assert not one.has(1), "no whole step has shown what it needs"
+    one.step_done()
     assert not one.has(fits + 1)
     assert one.has(fits)
-    peak[0] = 500 + fits
-    assert one.has(fits), "the peak is that of a step beside what was staged"
-    peak[0] = 501 + fits
+    one.given_back()
+    assert resets == [CPU]
+    peak[0] = 501
+    one.step_done()
+    assert one.has(fits), "that step was not seen whole: what is known counts"
+    one.step_done()
     assert not one.has(fits), "steps need more than they did"
+    peak[0] = 400
+    one.given_back()
+    assert not one.has(fits), "they may need it again"
     other = DeviceRoom(CPU)
-    other.stepped, peak[0] = True, 0
+    other.step_done()
+    other.step_done()
     other.refuse()
     assert not other.has(1)
     monkeypatch.setattr(saving, "devices", devices)
