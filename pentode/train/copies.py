@@ -199,11 +199,12 @@ def borrow(url: str, root: Path, world: Axis) -> Path:
 
 
 def give_back(root: Path, world: Axis) -> None:
-    """Remove what `borrow` brought; all ranks have read it."""
+    """Remove what `borrow` brought, when all ranks have come here and so have read it."""
 
     def remove() -> None:
         if (root / BORROWED).exists():
             with storage.explained(root):
                 storage.remove(root / BORROWED)
 
+    gather_objects(None, world)
     on_first(remove, world)

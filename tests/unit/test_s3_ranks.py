@@ -10,6 +10,7 @@ import pytest
 from pentode.checkpoint import remote
 from pentode.checkpoint.folder import newest
 from pentode.checkpoint.save import save
+from pentode.dist.collectives import wait_for_all
 from pentode.dist.mesh import everyone
 from pentode.errors import ConfigError, StorageError
 from pentode.train.copies import Copies, Place, borrow, give_back
@@ -43,6 +44,7 @@ def send_and_bring_back(*, root: str, url: str, through: dict[str, str], directl
         copies.begin(fresh=False)
         assert copies.bring(last=2) == f"{url}/2"
         assert newest(folder) is None
+        wait_for_all()  # before the first rank brings something
         assert copies.bring(last=10) is None
         found = newest(folder)
         assert found is not None
@@ -53,6 +55,7 @@ def send_and_bring_back(*, root: str, url: str, through: dict[str, str], directl
         assert (there / "notes.txt").read_bytes() == b"some"
         give_back(folder, world)
         assert not there.parent.exists()
+        wait_for_all()  # before the first rank borrows again
     with Copies(Place(url, is_the_run=False, remove=True), folder, world) as copies:
         with pytest.raises(ConfigError, match="--fresh") as refused:
             copies.begin(fresh=True)
