@@ -207,7 +207,7 @@ def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_s
 
     with Proxy(stuck) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        before_step(patch, 7, lambda: terminate_when_gone(tmp_path / "run" / "4"))
+        before_step(patch, 7, lambda: terminate_when_sent(store, tmp_path / "run" / "4"))
         assert run_command(["train", str(file)]) == 75
         hold.set()
     assert store.published() == [4]
@@ -219,9 +219,9 @@ def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_s
     assert store.published() == [4, 7, 8, 12]
 
 
-def terminate_when_gone(folder: Path) -> None:
-    """SIGTERM when a checkpoint has been sent and removed."""
-    while folder.exists():
+def terminate_when_sent(store: Bucket, folder: Path) -> None:
+    """SIGTERM when a checkpoint, which is written in the background, has been sent and removed."""
+    while int(folder.name) not in store.published() or folder.exists():
         threading.Event().wait(0.005)
     os.kill(os.getpid(), signal.SIGTERM)
 
