@@ -6,7 +6,7 @@ Nothing is trusted before its checksum is right; names cannot leave the folder; 
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ class DamagedError(CheckpointError):
     def __init__(self, what: str, *, remedy: str = "restore the checkpoint from a copy, or use another") -> None:
         super().__init__(f"{what}; {remedy}")
         self.what = what
+
+
+Damages = dict[Path, DamagedError]  # of checkpoints, by their folders
 
 
 @dataclass
@@ -204,26 +207,49 @@ def newest(root: Path, *, quarantine: bool = False, fallback: bool = True) -> Ch
     the process that trains there should ask for that. Damaged ones and no good one is a CheckpointError, and without
     `fallback` so is a damaged newest one.
     """
-    damaged: list[tuple[Path, DamagedError]] = []
-    for folder in steps(root):
+    found, damaged = first_whole(steps(root), _open_whole, fallback=fallback)
+    if found is not None:
+        tell_damages(damaged, found)
+        if quarantine:
+            set_aside(damaged)
+    return found
+
+
+def first_whole(
+    folders: Sequence[Path], open_whole: Callable[[Path], Checkpoint], *, fallback: bool = True
+) -> tuple[Checkpoint | None, Damages]:
+    """The first of these that `open_whole` raises no DamagedError for, and those before it; see `newest`."""
+    damaged: Damages = {}
+    for folder in folders:
         try:
-            checkpoint = open_checkpoint(folder)
-            checkpoint.verify()
+            return open_whole(folder), damaged
         except DamagedError as error:
             if not fallback:
                 what = f"{error.what}; restore it from a copy or remove it, or set checkpoints.on_corrupt to fallback"
                 raise CheckpointError(what) from error
-            damaged.append((folder, error))
-            continue
-        for bad, error in damaged:
-            log.warning(f"{error.what}; going on from step {checkpoint.step}")
-            if quarantine:
-                with storage.explained(root):
-                    storage.rename(bad, bad.with_name(f".bad-{bad.name}-{secrets.token_hex(4)}"))
-        return checkpoint
-    if damaged:
-        raise CheckpointError(f"{damaged[0][1]}; no older checkpoint in {root} is whole, so nothing was trained")
-    return None
+            damaged[folder] = error
+    for folder, error in damaged.items():
+        raise CheckpointError(f"{error}; no older checkpoint in {folder.parent} is whole, so nothing was trained")
+    return None, damaged
+
+
+def tell_damages(damaged: Damages, found: Checkpoint) -> None:
+    """A line in the log for each checkpoint that was passed over before this one."""
+    for error in damaged.values():
+        log.warning(f"{error.what}; going on from step {found.step}")
+
+
+def set_aside(damaged: Collection[Path]) -> None:
+    """Give checkpoints names under which nobody takes them for any (.bad-<step>-...)."""
+    for folder in damaged:
+        with storage.explained(folder.parent):
+            storage.rename(folder, folder.with_name(f".bad-{folder.name}-{secrets.token_hex(4)}"))
+
+
+def _open_whole(folder: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(folder)
+    checkpoint.verify()
+    return checkpoint
 
 
 def steps(root: Path) -> list[Path]:

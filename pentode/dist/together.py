@@ -14,6 +14,7 @@ from pentode.dist.mesh import Axis
 from pentode.errors import Interrupted, PentodeError, Preempted, RankError, on_all_ranks
 
 T = TypeVar("T")
+MEET_EVERY = 10.0  # seconds; far less than a collective waits
 
 
 def together(work: Callable[[], T], world: Axis) -> T:
@@ -30,28 +31,19 @@ def on_first(work: Callable[[], T], world: Axis) -> T | None:
     return found[0] if found else None
 
 
-def on_first_at_length(work: Callable[[], T], world: Axis, *, meet_every: float = 10.0) -> T | None:
+def together_at_length(work: Callable[[], T], world: Axis, *, meet_every: float = MEET_EVERY) -> T:
+    """`together` for work that may take hours, on one rank more than on another; see `on_first_at_length`."""
+    if world.size == 1:
+        return work()
+    return together(_at_length(work, world, asked=range(world.size), meet_every=meet_every), world)
+
+
+def on_first_at_length(work: Callable[[], T], world: Axis, *, meet_every: float = MEET_EVERY) -> T | None:
     """`on_first` for work that may take hours: the others, who would not wait so long, hear of it every few seconds.
 
     The work is done in a thread of its own, so that a signal ends the waiting; what it returns must be small.
     """
-    found: Future[T] = Future()
-
-    def do() -> None:
-        try:
-            found.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - it is raised on all ranks below
-            found.set_exception(error)
-
-    thread = threading.Thread(target=do, name="at-length", daemon=True)
-    if world.rank == 0:
-        thread.start()
-    working = True
-    while working:
-        if world.rank == 0:
-            thread.join(meet_every)
-        working = gather_objects(thread.is_alive(), world)[0]
-    return on_first(found.result, world)
+    return on_first(_at_length(work, world, asked=range(1), meet_every=meet_every), world)
 
 
 def in_turn(work: Callable[[], T], world: Axis) -> T:
@@ -80,6 +72,27 @@ def ranks_in_words(numbers: Sequence[int]) -> str:
         words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
     *some, last = words
     return f"ranks {', '.join(some)} and {last}" if some else f"rank{'s' * (len(numbers) > 1)} {last}"
+
+
+def _at_length(work: Callable[[], T], world: Axis, *, asked: range, meet_every: float) -> Callable[[], T]:
+    """Have the ranks that are `asked` do it, and return on all when it is done; to call is to get what came of it."""
+    found: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised on all ranks
+            found.set_exception(error)
+
+    thread = threading.Thread(target=do, name="at-length", daemon=True)
+    if world.rank in asked:
+        thread.start()
+    working = True
+    while working:
+        if world.rank in asked:
+            thread.join(meet_every)
+        working = any(gather_objects(thread.is_alive(), world))
+    return found.result
 
 
 def _done(work: Callable[[], T], world: Axis, *, asked: range) -> list[T]:

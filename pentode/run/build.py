@@ -10,6 +10,7 @@ import torch
 
 from pentode import device as devices
 from pentode import log
+from pentode.checkpoint.proof import find_together
 from pentode.config.kinds.init import ExistingCheckpointInit, RandomInit
 from pentode.config.schema import Config
 from pentode.dist.collectives import gather_objects
@@ -29,7 +30,7 @@ from pentode.parallel.pipeline.runner import Pipeline
 from pentode.parallel.pipeline.schedules import make_schedule
 from pentode.parallel.spec import specs_of
 from pentode.run import compiled
-from pentode.run.existing import Existing, source_of, stretches, weights_for
+from pentode.run.existing import PENTODE, Existing, kind_of, source_of, stretches, weights_for
 from pentode.run.feed import Feed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -195,14 +196,11 @@ def initialise_weights(run: Run) -> None:
 
 
 def _opened(run: Run, path: Path) -> Existing:
-    """Existing weights, opened on every rank; the first alone reads more than its part, to compare checksums."""
+    """Existing weights, opened on every rank; a checkpoint's files are each compared with their checksums by one."""
     world = run.mesh.world
-    found = on_first(lambda: source_of(run.config, path), world)
-    checkpoint = None if found is None else found.checkpoint
-    ((there, proven), *_) = gather_objects(
-        (path, []) if checkpoint is None else (checkpoint.folder, sorted(checkpoint.proven)), world
-    )
-    return together(lambda: found or source_of(run.config, there, proven=proven), world)
+    kind = gather_objects(on_first(lambda: kind_of(path), world), world)[0]
+    checkpoint = find_together(path, world) if kind == PENTODE else None
+    return together(lambda: source_of(run.config, path, checkpoint=checkpoint), world)
 
 
 def initial_weights(

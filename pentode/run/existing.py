@@ -1,6 +1,6 @@
 """Weights that exist already: recognised by their folder, described, and any part of them read."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -73,20 +73,19 @@ def kind_of(path: Path) -> Kind:
 
 
 def open_existing(
-    path: Path, *, kind: Kind | None = None, masters: bool = False, proven: Collection[str] = ()
+    path: Path, *, kind: Kind | None = None, masters: bool = False, checkpoint: Checkpoint | None = None
 ) -> Existing:
     """Find the weights in a folder: a checkpoint's, a run's (its newest), or another library's.
 
-    kind      what it is; None: as its files tell
-    masters   of a checkpoint, take the masters that its weights were rounded from
-    proven    its files that need not be compared with their checksums again
+    kind        what it is; None: as its files tell
+    masters     of a checkpoint, take the masters that its weights were rounded from
+    checkpoint  that was found there, if it was
 
     Raises CheckpointError or ConfigError, a line, where they are not there whole or are those of a model not built.
     """
-    kind = kind or kind_of(path)
+    kind = kind or (PENTODE if checkpoint else kind_of(path))
     if kind == PENTODE:
-        checkpoint = find_checkpoint(path)
-        checkpoint.proven.update(proven)
+        checkpoint = checkpoint or find_checkpoint(path)
         checkpoint.file("config.yaml")  # proves its checksum
         said_by = checkpoint.folder / "config.yaml"
         shape, weights = load_config(said_by).model.model_config, weights_of(checkpoint, masters=masters)
@@ -108,9 +107,9 @@ def open_existing(
     return existing
 
 
-def source_of(config: Config, path: Path, *, proven: Collection[str] = ()) -> Existing:
+def source_of(config: Config, path: Path, *, checkpoint: Checkpoint | None = None) -> Existing:
     """The existing weights that a run of this config begins with; ConfigError where their model has another shape."""
-    existing = open_existing(path, masters=True, proven=proven)
+    existing = open_existing(path, masters=True, checkpoint=checkpoint)
     found = contradictions(config.model.model_config, existing.shape, said_by=existing.said_by)
     if found:
         raise ConfigError(found)

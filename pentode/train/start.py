@@ -8,16 +8,16 @@ from pprint import pformat
 from pentode import device as devices
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.folder import Checkpoint, newest, open_checkpoint
+from pentode.checkpoint.folder import Checkpoint
 from pentode.checkpoint.lock import locked
-from pentode.checkpoint.manifest import MANIFEST
+from pentode.checkpoint.proof import find_together, newest_together
 from pentode.checkpoint.save import clean, remove_run
 from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
-from pentode.dist.collectives import gather_objects, wait_for_all
+from pentode.dist.collectives import wait_for_all
 from pentode.dist.mesh import coordinates, everyone
-from pentode.dist.together import in_turn, on_first, tell_once, together
+from pentode.dist.together import on_first, tell_once, together
 from pentode.errors import CheckpointError, ConfigError, Interrupted, PentodeError, Preempted, on_all_ranks
 from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
@@ -107,7 +107,7 @@ def _train_in(
 ) -> None:
     last = config.tokens.train_steps
     complete = copies.bring(last=last, fallback=config.checkpoints.on_corrupt == "fallback")
-    checkpoint = _source(config, root, here) if complete is None else None
+    checkpoint = _source(config, root) if complete is None else None
     if checkpoint is not None and checkpoint.folder.parent == root and checkpoint.step >= last:
         complete = str(checkpoint.folder)
     if complete is not None:
@@ -169,44 +169,18 @@ def _run(config: Config, here: launch.World, checkpoint: Checkpoint | None, root
     return run, state
 
 
-def _source(config: Config, root: Path, here: launch.World) -> Checkpoint | None:
+def _source(config: Config, root: Path) -> Checkpoint | None:
     """The checkpoint to go on from: the run's own newest one, else the one that the config names.
 
     Rank 0 tidies up what a crash left behind, before the others look.
     """
-    first, other = here.rank == 0, config.checkpoints.resume_checkpoint_path
-
-    def own() -> Checkpoint | None:
-        if first:
-            clean(root)
-        return newest(root, quarantine=first, fallback=config.checkpoints.on_corrupt == "fallback")
-
-    found = in_turn(own, everyone())
-    if isinstance(other, str):
-        _check_that_all_found(found, root)
-        other = borrow(other, root, everyone()) if found is None else None
-    found = together(lambda: _named(other) if found is None and other is not None else found, everyone())
-    _check_that_all_found(found, root)
-    return found
-
-
-def _named(folder: Path) -> Checkpoint:
-    """The checkpoint that the config names: by its own folder or by that of a run, whose newest one it is."""
-    found = open_checkpoint(folder) if (folder / MANIFEST).exists() else newest(folder)
+    world, other = everyone(), config.checkpoints.resume_checkpoint_path
+    on_first(lambda: clean(root), world)
+    found = newest_together(root, world, quarantine=True, fallback=config.checkpoints.on_corrupt == "fallback")
+    if found is not None or other is None:
+        return found
+    folder = borrow(other, root, world) if isinstance(other, str) else other
+    found = find_together(folder, world)
     if found is None:
-        raise CheckpointError(f"checkpoints.resume_checkpoint_path: {folder} holds no checkpoint")
-    found.verify()
+        raise on_all_ranks(CheckpointError(f"checkpoints.resume_checkpoint_path: {folder} holds no checkpoint"))
     return found
-
-
-def _check_that_all_found(found: Checkpoint | None, root: Path) -> None:
-    """Refuse to go on from one checkpoint here and another, or none, there."""
-    first, *others = gather_objects(f"step {found.step}" if found else "no checkpoint", everyone())
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            raise on_all_ranks(
-                CheckpointError(
-                    f"{root}: rank 0 found {first} to go on from, rank {rank} {other}; "
-                    "checkpoints must be in a folder that all ranks see"
-                )
-            )

@@ -57,7 +57,7 @@ def on_thread_ranks(work: Callable[[Axis], object], systems: list[FaultyOs]) -> 
             meeting.barrier.abort()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("checkpoint.save", "dist.together"):
+        for module in ("checkpoint.save", "checkpoint.proof", "dist.together"):
             patch.setattr(f"pentode.{module}.gather_objects", meeting.gather_objects)
         patch.setattr(storage, "os", each)
         with ThreadPoolExecutor(len(systems)) as pool:

@@ -10,10 +10,10 @@ import pytest
 
 from pentode.checkpoint.folder import DamagedError
 from pentode.dist.mesh import Axis
-from pentode.dist.together import in_turn, on_first, on_first_at_length, tell_once, together
+from pentode.dist.together import in_turn, on_first, on_first_at_length, tell_once, together, together_at_length
 from pentode.errors import ConfigError, DataError, PentodeError, Preempted, RankError, StorageError, exit_code
 from tests.helpers.faulty_os import FaultyOs
-from tests.helpers.thread_ranks import on_thread_ranks
+from tests.helpers.thread_ranks import Meeting, on_thread_ranks
 
 RANKS = 3
 
@@ -45,7 +45,7 @@ class Ranks:
         return first
 
 
-@pytest.mark.parametrize("how", [together, in_turn])
+@pytest.mark.parametrize("how", [together, in_turn, together_at_length])
 def test_each_rank_has_what_its_own_work_gave(how: Callable[..., Any]) -> None:
     assert Ranks(how, {}).found == {0: 0, 1: 1, 2: 2}
 
@@ -71,6 +71,27 @@ def test_the_others_hear_of_long_work_before_it_ends(monkeypatch: pytest.MonkeyP
     assert heard[:3] == [True] * 3
 
 
+def test_a_rank_that_is_done_waits_for_the_slowest_without_an_end() -> None:
+    heard, enough, real = list[object](), threading.Event(), Meeting.gather_objects
+
+    def gather_objects(meeting: Meeting, value: object, axis: Axis) -> list[object]:
+        found = real(meeting, value, axis)
+        if axis.rank == 0:
+            heard.append(found)
+            if len(heard) == 3:
+                enough.set()
+        return found
+
+    def rank_main(world: Axis) -> None:
+        work = enough.wait if world.rank == 1 else bool
+        together_at_length(work, world, meet_every=0.001)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Meeting, "gather_objects", gather_objects)
+        assert on_thread_ranks(rank_main, [FaultyOs() for _ in range(RANKS)]) == [None] * RANKS
+    assert [False, True, False] in heard[:3]
+
+
 def test_the_others_follow_the_first_and_not_into_its_error() -> None:
     assert Ranks(in_turn, {}).order[0] == 0
     assert Ranks(in_turn, {0: DataError("gone")}).order == [0]
@@ -80,6 +101,7 @@ def test_the_others_follow_the_first_and_not_into_its_error() -> None:
     ("how", "befallen", "told"),
     [
         (together, (1,), "rank 1: /data: gone"),
+        (together_at_length, (1,), "rank 1: /data: gone"),
         (together, (1, 2), "ranks 1 and 2: /data: gone"),
         (together, (0, 1, 2), "/data: gone"),
         (on_first, (0,), "/data: gone"),
