@@ -85,6 +85,7 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
 
     from pentode.convert.beside import HFFolders
     from pentode.dist import launch
+    from pentode.dist.together import on_first_at_length
     from pentode.generate.closing import closing_sample
     from pentode.report.page import write_report
     from pentode.train.saving import Published
@@ -93,12 +94,21 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
     published: list[Published] = []
     at_end: list[AtEnd] = [closing_sample]
     with ExitStack() as held:
-        if config.checkpoints.save_hf and launch.world().rank == 0:
-            uploaded = isinstance(config.checkpoints.checkpoints_path, str) or config.s3_upload is not None
-            folders = held.enter_context(HFFolders(config.checkpoints.folder, prune=not uploaded))
+        folders = HFFolders(config.checkpoints.folder) if config.checkpoints.save_hf else None
+        if folders is not None:
+            if launch.world().rank == 0:
+                held.enter_context(folders)
             published.append(lambda folder: folders.wake(folder.parent))
-            at_end.append(lambda run, root: folders.finish())
-        start(config, notes=notes, fresh=fresh, after_save=[write_report], published=published, at_end=at_end)
+            at_end.append(lambda run, root: on_first_at_length(folders.finish, run.mesh.world))
+        start(
+            config,
+            notes=notes,
+            fresh=fresh,
+            after_save=[write_report],
+            published=published,
+            at_end=at_end,
+            hf_to_come=None if folders is None else folders.is_to_come,
+        )
 
 
 def launched() -> bool:

@@ -17,6 +17,7 @@ from pentode.checkpoint.manifest import MANIFEST, STATE, STEP_NAME, Manifest, Ne
 from pentode.errors import CheckpointError
 
 MANIFEST_LIMIT = 64 * 2**20  # bytes
+HF_FOLDERS = "hf"  # in a run's folder: Hugging Face folders of its checkpoints, by step
 HEADER_LIMIT = 100 * 2**20  # bytes, as in the safetensors library
 TENSOR_FILE = re.compile(r"([a-z0-9_]+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)  # group, number, count
 

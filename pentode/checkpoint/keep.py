@@ -1,7 +1,7 @@
 """Which checkpoints of a run stay, and the removal of the others: never before a newer one was read and found right."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pentode import log
@@ -16,11 +16,12 @@ def to_remove(complete: Sequence[int], *, keep_last: int, keep_every: int | None
     return [step for step in old if keep_every is None or step % keep_every]
 
 
-def prune(root: Path, newest: int, *, keep_last: int, keep_every: int | None) -> None:
+def prune(root: Path, newest: int, *, keep_last: int, keep_every: int | None, spared: Collection[int] = ()) -> None:
     """Read checkpoint `newest` from the disk again, and if it is right remove those that need not stay.
 
-    Folders that are no complete checkpoint are neither counted nor touched. Each that goes is renamed first, so that a
-    crash leaves nothing half-removed under its name. Raises StorageError; does nothing but warn if `newest` is damaged.
+    Folders that are no complete checkpoint are neither counted nor touched; `spared` ones stay. Each that goes is
+    renamed first, so that a crash leaves nothing half-removed under its name. Raises StorageError; does nothing but
+    warn if `newest` is damaged.
     """
     with storage.explained(root):
         try:
@@ -34,6 +35,8 @@ def prune(root: Path, newest: int, *, keep_last: int, keep_every: int | None) ->
         complete = [int(folder.name) for folder in steps(root) if _is_complete(folder)]
         old = [step for step in complete if step <= newest]
         for step in to_remove(old, keep_last=keep_last, keep_every=keep_every):
+            if step in spared:
+                continue
             trash = root / f".trash-{step}-{secrets.token_hex(4)}"
             storage.rename(root / str(step), trash)
             storage.remove(trash)

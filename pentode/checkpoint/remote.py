@@ -14,7 +14,16 @@ from pathlib import Path
 from pentode import log
 from pentode.checkpoint import storage
 from pentode.checkpoint.ahead import ahead
-from pentode.checkpoint.folder import MANIFEST_LIMIT, Checkpoint, DamagedError, open_checkpoint, steps, with_manifest
+from pentode.checkpoint.folder import (
+    HF_FOLDERS,
+    MANIFEST_LIMIT,
+    Checkpoint,
+    DamagedError,
+    open_checkpoint,
+    steps,
+    with_manifest,
+)
+from pentode.checkpoint.keep import to_remove
 from pentode.checkpoint.manifest import FILE_NAME, MANIFEST, STEP_NAME, FileFacts, Manifest, NewerFormatError
 from pentode.checkpoint.objects import SECONDS, Found, Objects
 from pentode.checkpoint.retry import Clock, Patience
@@ -25,6 +34,7 @@ from pentode.errors import CheckpointError, StorageError
 TRANSFERS = 8  # at a time, of all files
 PARTS = 4  # of these, of one file
 TRIES = 3  # to send a file, each time followed by reading it back
+HF_CONFIG = "config.json"  # of a Hugging Face folder, which nobody loads without
 LIMIT = 300.0  # seconds for which the calls of one piece of work may fail
 RUN_FILES = ("metrics.jsonl", "report.html", "loss.png", "sample.txt")  # sent beside the checkpoints, for people
 
@@ -176,13 +186,19 @@ class Remote:
             self.objects.write(patience, f"{step}/bad-{secrets.token_hex(4)}-{MANIFEST}", data)
             self.objects.remove(patience, [name])
 
+    def prune(self, newest: int, patience: Patience, *, keep_last: int, keep_every: int | None) -> None:
+        """Remove checkpoints that need not stay, as `keep.prune` does: `newest` has just been read back."""
+        names = self.objects.under(patience)
+        steps_of = {name: _step_of(name) for name in names}
+        old = [step for name, step in steps_of.items() if name == f"{step}/{MANIFEST}" and step <= newest]
+        for step in to_remove(old, keep_last=keep_last, keep_every=keep_every):
+            self._remove(patience, [name for name in names if steps_of[name] == step])
+
     def remove_run(self) -> None:
-        """Remove all checkpoints and what is sent beside them, manifests first, and nothing of anybody else."""
+        """Remove all checkpoints and what is sent beside them, and nothing of anybody else."""
         patience = self.patience()
-        ours = sorted(
-            filter(_is_ours, self.objects.under(patience)), key=lambda name: not name.endswith(f"/{MANIFEST}")
-        )
-        self.objects.remove(patience, [*ours, *RUN_FILES] if ours else [])
+        ours = list(filter(_is_ours, self.objects.under(patience)))
+        self._remove(patience, [*ours, *RUN_FILES] if ours else [])
 
     def fetch_run_file(self, name: str, root: Path, patience: Patience) -> None:
         """Bring back what `send_run_files` sent, where the store has it and `root` has not."""
@@ -193,6 +209,16 @@ class Remote:
                 storage.write(temporary, self.objects.read(patience, name, found.size))
                 storage.rename(temporary, root / name)
 
+    def has_hf(self, step: int, patience: Patience) -> bool:
+        """Whether a checkpoint's Hugging Face folder is here; its config.json is the last object."""
+        return self.objects.find(patience, f"{HF_FOLDERS}/{step}/{HF_CONFIG}") is not None
+
+    def send_hf(self, folder: Path, patience: Patience) -> None:
+        """Send a checkpoint's Hugging Face folder, and read it back."""
+        paths = sorted(folder.iterdir(), key=lambda path: path.name == HF_CONFIG)
+        for path in paths:
+            self._send_until_right(patience, f"{HF_FOLDERS}/{folder.name}/{path.name}", path, storage.hash_file(path))
+
     def send_run_files(self, root: Path, patience: Patience) -> None:
         """Send the run's records and report as they are now; people read them, Pentode does not."""
         for name in RUN_FILES:
@@ -202,15 +228,26 @@ class Remote:
     def _send(self, patience: Patience, local: Checkpoint, name: str, there: dict[str, Found | None]) -> None:
         """Have a file in the store as the manifest says; one that is there already and right is not sent again."""
         facts, key = local.manifest.files[name], f"{local.step}/{name}"
-        if key in there and self._is(patience, key, facts):
-            return
+        if key not in there or not self._is(patience, key, facts):
+            self._send_until_right(patience, key, local.folder / name, facts, otherwise=lambda: local.prove(name))
+
+    def _send_until_right(
+        self, patience: Patience, key: str, path: Path, facts: FileFacts, *, otherwise: Callable[[], object] = bool
+    ) -> None:
+        """Send a file until what is read back is right; `otherwise` is called after each time that it is not."""
         for _ in range(TRIES):
             with suppress(AbsentError):  # somebody dropped the upload meanwhile
-                self.objects.write_file(patience, key, local.folder / name)
+                self.objects.write_file(patience, key, path)
             if self._is(patience, key, facts):
                 return
-            local.prove(name)
+            otherwise()
         raise StorageError(f"{self.url}/{key}: sent {TRIES} times, what comes back is not that; check the store")
+
+    def _remove(self, patience: Patience, names: Sequence[str]) -> None:
+        """Remove objects, manifests before the files that they name."""
+        manifests = [name for name in names if name.endswith(f"/{MANIFEST}")]
+        self.objects.remove(patience, manifests)
+        self.objects.remove(patience, [name for name in names if name not in set(manifests)])
 
     def _fetch_file(self, patience: Patience, manifest: Manifest, name: str, folder: Path) -> None:
         """Write a file that the store has; a second time if the first is not what the manifest says."""
@@ -317,9 +354,14 @@ def _sources(
 
 
 def _is_ours(name: str) -> bool:
-    """Whether an object's name is one that a run gives: <step>/<file>, or the manifest that `prepare` tries."""
-    step, _, file = name.rpartition("/")
-    return file == MANIFEST if not step else bool(STEP_NAME.fullmatch(step) and FILE_NAME.fullmatch(file))
+    """Whether an object's name is one that a run gives: that of a step's file, or the manifest that `prepare` tries."""
+    return name == MANIFEST or _step_of(name) is not None
+
+
+def _step_of(name: str) -> int | None:
+    """The step that an object is of, by its name: <step>/<file> or hf/<step>/<file>; None where it is of none."""
+    step, _, file = name.removeprefix(f"{HF_FOLDERS}/").rpartition("/")
+    return int(step) if STEP_NAME.fullmatch(step) and FILE_NAME.fullmatch(file) else None
 
 
 def facts_of(data: bytes) -> FileFacts:

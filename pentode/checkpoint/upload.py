@@ -11,14 +11,13 @@ from pathlib import Path
 
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.folder import steps
+from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.remote import Remote
-from pentode.checkpoint.retry import Patience
+from pentode.checkpoint.retry import GivenUpError, Patience
 from pentode.errors import PentodeError
 
 PLACES = 2  # checkpoints that may wait while another is sent
-LONGEST_WAIT = 600.0  # seconds that training waits for a place; far below the time after which other ranks give up
-TICK = 0.5  # seconds between looks at whether the run was asked to stop
+TICK = 0.5  # seconds between looks at whether a Hugging Face folder is there
 FAREWELL = 5.0  # seconds for the thread to drop an upload in parts
 AFTER_FAILURE = 0.0  # seconds of patience with a store that could not take the last checkpoint: one try
 
@@ -26,9 +25,10 @@ AFTER_FAILURE = 0.0  # seconds of patience with a store that could not take the 
 class Uploader:
     """Sends each checkpoint of `root` that the store lacks, the oldest first, until it is closed.
 
-    remove   remove a local checkpoint once the store's was read back and is right
-    fetched  the step of a local checkpoint that has just come from the store, and need not be read back
-    leave    whether the run was asked to stop, and should not wait for a place
+    remove      remove a local checkpoint once the store's was read back and is right
+    fetched     the step of a local checkpoint that has just come from the store, and need not be read back
+    hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint; it is then sent too
+    sent        called when all of a step is in the store: older ones may go
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Uploader:
         remove: bool,
         fetched: int | None = None,
         places: int = PLACES,
-        leave: Callable[[], bool] = bool,
+        hf_to_come: Callable[[int], bool] | None = None,
+        sent: Callable[[int, Patience], object] | None = None,
     ) -> None:
         self.remote, self.root, self.remove, self.fetched = remote, root, remove, fetched
-        self.places, self.leave = places, leave
+        self.places, self.hf_to_come, self.sent = places, hf_to_come, sent
         self.failed: dict[int, str] = {}  # why, by step
-        self.waited = 0.0  # seconds that training waited for a place
         self._waiting: list[int] = []
         self._sending: int | None = None
         self._done: set[int] = set()
@@ -54,22 +54,15 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="s3-upload", daemon=True)
         self._thread.start()
 
-    def begin(self) -> None:
-        """Queue what a former process left unsent, without waiting for a place."""
+    def collect(self) -> None:
+        """Queue what `root` holds and the store lacks: what was saved since, or a former process left unsent."""
         with self._changed:
             self._collect()
 
-    def offer(self, root: Path) -> None:
-        """Queue what `root` holds and the store lacks; wait while more than `places` wait behind the one being sent."""
+    def has_place(self, *, within: float = 0.0) -> bool:
+        """Whether no more than `places` wait for the one being sent when one more comes, or so within some seconds."""
         with self._changed:
-            self._collect()
-            if self._has_place():
-                return
-            log.once(f"{self.remote.url}: uploads are slower than saves; training waits for them", key="slow uploads")
-            began = self.remote.clock.now()
-            while not self._has_place() and not self.leave() and self.remote.clock.now() - began < LONGEST_WAIT:
-                self._changed.wait(TICK)
-            self.waited += self.remote.clock.now() - began
+            return self._changed.wait_for(self._has_place, timeout=within)
 
     def try_all_again(self) -> None:
         """Queue also what failed, for the last time, with all patience."""
@@ -104,7 +97,7 @@ class Uploader:
         self._changed.notify_all()
 
     def _has_place(self) -> bool:
-        return len(self._waiting) + (self._sending is not None) <= self.places + 1
+        return len(self._waiting) + (self._sending is not None) <= self.places
 
     def _is_idle(self) -> bool:
         return not self._waiting and self._sending is None
@@ -135,6 +128,8 @@ class Uploader:
         try:
             if step != self.fetched and self.remote.upload(folder, patience, again=self.remove):
                 log.info(f"Uploaded checkpoint {step} to {patience.what} ({self.remote.clock.now() - began:.1f} s)")
+            if self.hf_to_come is not None:
+                self._send_hf(step, patience, self.hf_to_come)
             if self.remove:
                 self._remove(folder)
         except Exception as error:  # noqa: BLE001
@@ -144,13 +139,35 @@ class Uploader:
             if not self._closed:
                 log.warning(f"{problem}; checkpoint {step} is not in the store yet and stays in {self.root}")
             return problem
+        self._follow(step, patience)
+        return None
+
+    def _send_hf(self, step: int, patience: Patience, to_come: Callable[[int], bool]) -> None:
+        """Send a step's Hugging Face folder, when it is there; not one that is in the store already."""
+        if self.remote.has_hf(step, patience):
+            return
+        while to_come(step) and not self._closed:
+            with self._changed:
+                self._changed.wait(TICK)
+        if self._closed:
+            raise GivenUpError("the run ends")
+        folder = self.root / HF_FOLDERS / str(step)
+        if folder.is_dir():  # else it could not be made
+            self.remote.send_hf(folder, patience)
+
+    def _follow(self, step: int, patience: Patience) -> None:
+        """What follows when a step is in the store: the records are sent, older ones removed; errors are told."""
         try:
             self.remote.send_run_files(self.root, patience)
         except (PentodeError, OSError) as error:
-            if self._closed:
-                return None
-            log.once(f"{error}; the report in the store is not the newest", key="run files")
-        return None
+            if not self._closed:
+                log.once(f"{error}; the report in the store is not the newest", key="run files")
+        try:
+            if self.sent is not None and not self._closed:
+                self.sent(step, patience)
+        except (PentodeError, OSError) as error:
+            if not self._closed:
+                log.warning(f"{error}; older checkpoints could not be removed")
 
     def _remove(self, folder: Path) -> None:
         with storage.explained(self.root):

@@ -307,8 +307,8 @@ def _kept(c: Config) -> Found:
     if c.checkpoints.keep_last is None:
         if c.checkpoints.keep_every is not None:
             yield "checkpoints.keep_every", "has no effect without keep_last, since all are kept; leave it out"
-    elif c.s3_upload is not None or isinstance(c.checkpoints.checkpoints_path, str):
-        yield "checkpoints.keep_last", "an upload may still need what it removes; leave it out, or s3"
+    elif c.s3_upload is not None and c.s3_upload.remove_after_upload:
+        yield "checkpoints.keep_last", "s3_upload.remove_after_upload removes all that were sent; leave out one"
 
 
 RULES: tuple[Callable[[Config], Found], ...] = (

@@ -177,7 +177,8 @@ class CheckpointsArgs:
     )
     keep_last: AtLeastOne | None = Field(
         None,
-        description="remove all but so many of the newest checkpoints, when a newer one was read again; null: none",
+        description="remove all but so many of the newest checkpoints where the run lives, when a newer one was read "
+        "again; null: none",
     )
     keep_every: AtLeastOne | None = Field(None, description="keep_last: never remove those of steps that this divides")
     on_corrupt: Annotated[Literal["fallback", "stop"], Folds] = Field(
@@ -340,6 +341,11 @@ class Config:
     def global_batch_size_in_tokens(self) -> int:
         """Tokens in a step, at tokens.sequence_length."""
         return self.global_batch_size * self.tokens.sequence_length
+
+    @property
+    def uploads(self) -> bool:
+        """Whether checkpoints go to an object store, to live there or as copies."""
+        return self.s3_upload is not None or isinstance(self.checkpoints.checkpoints_path, str)
 
     @property
     def adds_gradients(self) -> bool:

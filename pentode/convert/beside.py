@@ -16,10 +16,9 @@ from typing import IO
 
 from pentode import log
 from pentode.checkpoint import storage
-from pentode.checkpoint.folder import steps
+from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.manifest import MANIFEST
 
-FOLDER = "hf"
 NICE = 19  # the lowest priority: whatever the training leaves
 CONVERT = [sys.executable, "-m", "pentode", "convert"]
 SOURCE = Path(__file__).parents[2]  # where this package is, for the process that is started
@@ -29,11 +28,11 @@ OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 class HFFolders:
     """Keeps `root`/hf up to date while it is entered; leaving it waits for what is missing, or gives up on an error.
 
-    prune   remove a folder whose checkpoint the run has removed
+    A folder goes when the run has removed its checkpoint.
     """
 
-    def __init__(self, root: Path, *, prune: bool) -> None:
-        self.root, self.prune = root, prune
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self._seen: set[str] = set()
         self._failed: set[str] = set()
         self._child: tuple[str, subprocess.Popen[bytes], IO[bytes]] | None = None
@@ -52,39 +51,50 @@ class HFFolders:
 
     def wake(self, root: Path) -> None:
         """Look which checkpoints are in `root`, and begin with what is missing; returns at once. From any thread."""
+        self.root = root
         with self._one_at_a_time:
-            if self._left:  # a save ended late
-                return
-            self.root = root
-            try:
-                self._look()
-            except OSError as error:
-                log.warning(f"{root / FOLDER}: cannot be written, training goes on ({error})")
+            self._try_to_look()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being written."""
         return self._child is None
 
+    def is_to_come(self, step: int) -> bool:
+        """Whether a checkpoint's folder is missing and will be made, so that its files are needed. From any thread."""
+        with self._one_at_a_time:
+            missing = self._try_to_look() and str(step) not in self._failed
+            return missing and not (self.root / HF_FOLDERS / str(step)).exists()
+
     def finish(self) -> None:
         """Return when every checkpoint has its folder, or has failed to get one."""
         self.wake(self.root)
         while self._child is not None:
             step, process, _ = self._child
-            log.info(f"Waiting for {self.root / FOLDER / step}")
+            log.info(f"Waiting for {self.root / HF_FOLDERS / step}")
             process.wait()
             self.wake(self.root)
+
+    def _try_to_look(self) -> bool:
+        """`_look`, unless this was left (a save may end late); whether the disk allowed it."""
+        if self._left:
+            return False
+        try:
+            self._look()
+        except OSError as error:
+            log.warning(f"{self.root / HF_FOLDERS}: cannot be written, training goes on ({error})")
+            return False
+        return True
 
     def _look(self) -> None:
         if self._child is not None and self._child[1].poll() is None:
             return
         self._collect()
         there = [folder.name for folder in steps(self.root) if (folder / MANIFEST).exists()]
-        folder = self.root / FOLDER
-        if self.prune:
-            for step in self._seen.difference(there):
-                if (folder / step).is_dir():
-                    storage.remove(folder / step)
+        folder = self.root / HF_FOLDERS
+        for step in self._seen.difference(there):
+            if (folder / step).is_dir():
+                storage.remove(folder / step)
         self._seen |= set(there)
         for leftover in folder.glob(".tmp-*"):  # of a process that was killed
             storage.remove(leftover)
@@ -94,11 +104,11 @@ class HFFolders:
 
     def _start(self, step: str) -> None:
         """Begin to convert a checkpoint, in a process that has no GPU and no part in the run's world."""
-        storage.make_folder(self.root / FOLDER)
+        storage.make_folder(self.root / HF_FOLDERS)
         environment = {name: text for name, text in os.environ.items() if name not in OF_RANKS}
         paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
-        source, target = (str(path.absolute()) for path in (self.root / step, self.root / FOLDER / step))
+        source, target = (str(path.absolute()) for path in (self.root / step, self.root / HF_FOLDERS / step))
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended); a pipe could fill up
         process = subprocess.Popen(
             [*CONVERT, source, target, "--from", "pentode", "--to", "hf"],
@@ -120,10 +130,10 @@ class HFFolders:
         with errors:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
-        if process.returncode and ((self.root / step).exists() or not self.prune):  # else it was pruned meanwhile
+        if process.returncode and (self.root / step).exists():  # else it was pruned meanwhile
             self._failed.add(step)
             why = said[-1] if said else f"exit code {process.returncode}"
-            log.warning(f"{self.root / FOLDER / step}: could not be written, training goes on ({why})")
+            log.warning(f"{self.root / HF_FOLDERS / step}: could not be written, training goes on ({why})")
 
     def _give_up(self) -> None:
         """End the process, if there is one, and remove what it began; no other is started."""
@@ -136,6 +146,6 @@ class HFFolders:
         process.kill()
         process.wait()
         errors.close()
-        for leftover in (self.root / FOLDER).glob(".tmp-*"):
+        for leftover in (self.root / HF_FOLDERS).glob(".tmp-*"):
             with suppress(OSError):
                 storage.remove(leftover)

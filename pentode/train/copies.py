@@ -1,5 +1,6 @@
 """A run's checkpoints in an object store, from its start to its end: rank 0 moves them, all ranks hear how it went."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from types import TracebackType
 from pentode import log
 from pentode.checkpoint import storage
 from pentode.checkpoint.folder import DamagedError, steps
+from pentode.checkpoint.keep import prune
 from pentode.checkpoint.remote import Remote, bring_newest, locate
+from pentode.checkpoint.retry import Patience
 from pentode.checkpoint.save import clean
 from pentode.checkpoint.upload import Uploader
 from pentode.config.schema import Config
@@ -18,46 +21,66 @@ from pentode.dist.mesh import Axis
 from pentode.dist.together import on_first, on_first_at_length
 from pentode.errors import CheckpointError, ConfigError, StorageError, on_all_ranks
 from pentode.metrics.jsonl import NAME as METRICS
+from pentode.train.signals import StopSignal
 
 BORROWED = "from-s3"  # folder in a run's, of a checkpoint of another run that it begins with
+LONGEST_WAIT = 600.0  # seconds that training waits for a place among those that are to be sent
+TICK = 0.5  # seconds between two looks at that
 AT_THE_END = 2 * 3600.0  # seconds that a finished run waits for its uploads
 WHEN_STOPPED = 20.0  # seconds that a preempted one does at most, whatever its grace
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where copies go: the address, and whether the run lives there (else they are copies of local checkpoints)."""
+    """Where copies go: the address, and whether the run lives there (else they are copies of local checkpoints).
+
+    remove      the local checkpoints that were sent
+    keep_last   of those where the run lives, so many of the newest stay, and those of steps that `keep_every` divides
+    transfers   requests that are under way at a time, `parts` of them for one file
+    """
 
     url: str
     is_the_run: bool
     remove: bool
+    keep_last: int | None = None
+    keep_every: int | None = None
     transfers: int | None = None
     parts: int | None = None
 
     @staticmethod
     def of(config: Config) -> "Place | None":
         """What the config asks for; None where checkpoints stay local."""
-        path, upload = config.checkpoints.checkpoints_path, config.s3_upload
-        if isinstance(path, str):
-            return Place(path, is_the_run=True, remove=True)
+        c, upload = config.checkpoints, config.s3_upload
+        if isinstance(c.checkpoints_path, str):
+            return Place(
+                c.checkpoints_path, is_the_run=True, remove=True, keep_last=c.keep_last, keep_every=c.keep_every
+            )
         if upload is None:
             return None
         return Place(
             upload.upload_s3_path,
             is_the_run=False,
             remove=upload.remove_after_upload,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
             transfers=upload.s5cmd_numworkers,
             parts=upload.s5cmd_concurrency,
         )
 
 
 class Copies:
-    """Entered while a run has its folder. All ranks call each method; without a `place` all of them do nothing."""
+    """Entered while a run has its folder. All ranks call each method; without a `place` all of them do nothing.
 
-    def __init__(self, place: Place | None, root: Path, world: Axis, *, leave: Callable[[], bool] = bool) -> None:
-        self.place, self.root, self.world, self.leave = place, root, world, leave
+    hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint; None: there are none
+    """
+
+    def __init__(
+        self, place: Place | None, root: Path, world: Axis, *, hf_to_come: Callable[[int], bool] | None = None
+    ) -> None:
+        self.place, self.root, self.world, self.hf_to_come = place, root, world, hf_to_come
         self.remote: Remote | None = None  # on rank 0, as is the uploader
         self.uploader: Uploader | None = None
+        self.waited = 0.0  # seconds that training waited for a place
 
     def __enter__(self) -> "Copies":
         return self
@@ -102,7 +125,12 @@ class Copies:
         )[0]
         if self.remote is not None:
             self.uploader = Uploader(
-                self.remote, self.root, remove=self.place.remove, fetched=fetched, leave=self.leave
+                self.remote,
+                self.root,
+                remove=self.place.remove,
+                fetched=fetched,
+                hf_to_come=self.hf_to_come,
+                sent=self._prune,
             )
         return complete
 
@@ -123,12 +151,29 @@ class Copies:
     def go_on(self) -> None:
         """Send what a former process left unsent; what this one goes on from has been read by all ranks."""
         if self.uploader is not None:
-            self.uploader.begin()
+            self.uploader.collect()
 
-    def after_save(self, root: Path) -> None:
-        """Send what has been saved; on rank 0."""
+    def wait_for_place(self, step: int, stop: StopSignal) -> None:
+        """Return when one more checkpoint may be saved: uploads keep up, waiting is in vain, or the run is to stop."""
+        if self.place is None:
+            return
+        began, full = time.monotonic(), True
+        while full:
+            waited = time.monotonic() - began
+            full = self.uploader is not None and waited < LONGEST_WAIT and not self.uploader.has_place(within=TICK)
+            asked, full = stop.asked_anywhere(self.world, step=step, now=True, trouble=full)
+            if asked:
+                return
+            if full and self.uploader is not None:
+                log.once(
+                    f"{self.place.url}: uploads are slower than saves; training waits for them", key="slow uploads"
+                )
+                self.waited += TICK
+
+    def after_save(self) -> None:
+        """Send what has been saved; on rank 0, from any thread."""
         if self.uploader is not None:
-            self.uploader.offer(root)
+            self.uploader.collect()
 
     def finish(self) -> None:
         """Wait until all is sent. Raises StorageError, on all ranks, where something could not be."""
@@ -164,8 +209,19 @@ class Copies:
             self.uploader.failed.clear()
             raise StorageError(f"{self._unsent(left)}: {why}; the same command sends what is missing")
         self.remote.send_run_files(self.root, self.remote.patience())
-        if self.uploader.waited >= 1.0:
-            log.info(f"Training waited {self.uploader.waited:.0f} s for uploads")
+        if self.waited >= 1.0:
+            log.info(f"Training waited {self.waited:.0f} s for uploads")
+
+    def _prune(self, step: int, patience: Patience) -> None:
+        """Remove what `keep_last` lets go, where the run lives, now that a step is in the store; the uploader calls."""
+        place, remote, uploader = self.place, self.remote, self.uploader
+        if place is None or place.keep_last is None or remote is None or uploader is None:
+            return
+        if place.is_the_run:
+            remote.prune(step, patience, keep_last=place.keep_last, keep_every=place.keep_every)
+        else:
+            unsent = uploader.unsent()
+            prune(self.root, step, keep_last=place.keep_last, keep_every=place.keep_every, spared=unsent)
 
     def _unsent(self, steps: list[int]) -> str:
         assert self.place is not None, "nothing is sent anywhere"

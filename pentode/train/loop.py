@@ -20,6 +20,8 @@ from pentode.train.saving import Published, Saver, refresh
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState
 
+BeforeSave = Callable[[int, StopSignal], object]
+
 
 def train(
     run: Run,
@@ -28,16 +30,18 @@ def train(
     root: Path,
     sinks: Sinks,
     stop: StopSignal,
+    before_save: BeforeSave | None = None,
     after_save: Sequence[Callable[[Path], object]] = (),
     published: Sequence[Published] = (),
 ) -> None:
     """Train from `state` to the last step; checkpoints go to `root`. Raises Preempted when `stop` was asked, saved.
 
-    after_save  called with `root` when a checkpoint was begun, and the records so far are written
-    published   called with the folder of each checkpoint that is there, in the thread that wrote it
+    before_save  called on all ranks with the step, and returns when it may be saved
+    after_save   called with `root` when a checkpoint was begun, and the records so far are written
+    published    called with the folder of each checkpoint that is there, in the thread that wrote it
     """
     with Saver(run, root, stop, published=published) as saver, Collector() as collector:
-        _train(run, state, saver, sinks, after_save, collector)
+        _train(run, state, saver, sinks, before_save, after_save, collector)
 
 
 def _train(
@@ -45,6 +49,7 @@ def _train(
     state: TrainState,
     saver: Saver,
     sinks: Sinks,
+    before_save: BeforeSave | None,
     after_save: Sequence[Callable[[Path], object]],
     collector: Collector,
 ) -> None:
@@ -60,6 +65,9 @@ def _train(
             with journal.meter.outside():
                 check_weights(run)
                 check_state(run, state)
+                saver.settle()
+                if before_save is not None:
+                    before_save(state.step, stop)
                 log.warning(f"Saving checkpoint at {root / str(state.step)}")
                 saver.save(state, last=finally_ or state.step == last)
                 refresh(after_save, root)
@@ -69,7 +77,8 @@ def _train(
         save()
     journal.meter.start()
     while state.step < last:
-        asked, trouble = stop.asked_anywhere(run.mesh.world, now=records_are_due(run, state.step), trouble=saver.failed)
+        due = records_are_due(run, state.step)
+        asked, trouble = stop.asked_anywhere(run.mesh.world, step=state.step, now=due, trouble=saver.failed)
         if trouble:
             saver.settle()
         if asked:

@@ -164,8 +164,8 @@ class Saver:
         """What follows a save: hooks, and on rank 0 the removal of older checkpoints, but in the grace of a signal."""
         self.seconds = time.monotonic() - self._begun
         refresh(self.published, self.root / str(step))
-        kept = self.checkpoints
-        if kept.keep_last is not None and self.run.mesh.world.rank == 0 and self.stop.asked is None:
+        kept, uploads = self.checkpoints, self.run.config.uploads  # then what was sent is pruned, by `train/copies.py`
+        if kept.keep_last is not None and not uploads and self.run.mesh.world.rank == 0 and self.stop.asked is None:
             try:
                 prune(self.root, step, keep_last=kept.keep_last, keep_every=kept.keep_every)
             except PentodeError as error:

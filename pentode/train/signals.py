@@ -1,8 +1,10 @@
 """Signals that ask a run to stop: between two steps, its state saved; at once, while there is nothing to save."""
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -15,6 +17,8 @@ from pentode.errors import Interrupted, Preempted
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1)  # after which a scheduler kills the process before long
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the first two from a scheduler, before its limit
+RARELY = 5.0  # seconds between two times that ranks ask each other, or a tenth of the grace if that is less
+MICROSECONDS = 1e6
 
 
 class StopSignal:
@@ -35,6 +39,9 @@ class StopSignal:
         self.asked: signal.Signals | None = None
         self.patient = False
         self._before: dict[signal.Signals, object] = {}
+        self._every = min(RARELY, math.inf if grace_s is None else grace_s / 10)
+        self._asked_at: tuple[int, float] | None = None  # the step and the time at which ranks asked each other last
+        self._ask_again = 0  # the step at which they do at the latest, on all the same
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # no other thread can listen
@@ -67,22 +74,31 @@ class StopSignal:
         finally:
             self.patient = False
 
-    def asked_anywhere(self, world: Axis, *, now: bool, trouble: bool = False) -> tuple[bool, bool]:
+    def asked_anywhere(self, world: Axis, *, step: int, now: bool, trouble: bool = False) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether any has `trouble`.
 
-        With several ranks they agree on that where `now`, and else go on: a signal or trouble reaches ranks at
-        different steps, and none may leave the others in a collective.
+        A signal or trouble reaches ranks at different steps, and none may leave the others in a collective. So several
+        ranks agree on it, which makes them wait for their devices: where `now`, and whenever by the seconds that steps
+        took on the slowest it is time again. All must call with the same `step` and `now`.
         """
         if world.size == 1:
             return self.asked is not None, trouble
-        if not now:
+        if not now and step < self._ask_again:
             return False, False
-        own = torch.tensor([self.asked or 0, int(trouble)], device=self.device)
-        number, anywhere = collectives.max_(own, world).tolist()
+        seconds = self._seconds_a_step(step)
+        own = torch.tensor([self.asked or 0, int(trouble), int(seconds * MICROSECONDS)], device=self.device)
+        number, anywhere, slowest = collectives.max_(own, world).tolist()
+        self._asked_at = step, time.monotonic()
+        self._ask_again = step + max(1, int(self._every * MICROSECONDS / max(1, slowest)))
         if number:  # never back to None: a signal may have come since this rank looked
             self.asked = signal.Signals(number)
             self._begin_grace(number)
         return number != 0, anywhere != 0
+
+    def _seconds_a_step(self, step: int) -> float:
+        """What the steps since ranks last asked each other took here, each; at first, long enough to ask again soon."""
+        before, when = self._asked_at or (step, 0.0)
+        return (time.monotonic() - when) / (step - before) if step > before else self._every
 
     def error(self, where: str) -> Preempted | Interrupted:
         """What the run ends with; `where` says what was saved."""

@@ -41,6 +41,7 @@ def start(
     after_save: Sequence[AfterSave] = (),
     published: Sequence[Published] = (),
     at_end: Sequence[AtEnd] = (),
+    hf_to_come: Callable[[int], bool] | None = None,
 ) -> None:
     """Train until `tokens.train_steps`, going on from the newest checkpoint in `checkpoints_path` if there is one.
 
@@ -49,6 +50,7 @@ def start(
     after_save  called on rank 0 with the run's folder when a checkpoint was begun
     published   called on rank 0 with the folder of each checkpoint that is there, in the thread that wrote it
     at_end      called with the run and its folder when training is complete
+    hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint; None: there are none
     """
     here = launch.world()
     store = launch.meet(here)
@@ -73,14 +75,14 @@ def start(
         with ExitStack() as held:
             on_first(lambda: held.enter_context(locked(root)), world)
             stop = held.enter_context(StopSignal(device, grace_s=config.checkpoints.grace_s))
-            copies = held.enter_context(Copies(Place.of(config), root, world, leave=lambda: stop.asked is not None))
+            copies = held.enter_context(Copies(Place.of(config), root, world, hf_to_come=hf_to_come))
             copies.begin(fresh=fresh)
             if fresh:
                 on_first(lambda: remove_run(root), world)
             together(lambda: _log_to_file(root, here), world)
             for note in notes:
                 log.warning(note)
-            sent = [*published, lambda folder: copies.after_save(folder.parent)]
+            sent = [*published, lambda _: copies.after_save()]
             _train_in(root, config, here, stop, copies, after_save, sent, at_end)
     except PentodeError as error:
         if error.everywhere and here.size > 1:
@@ -128,7 +130,7 @@ def _train_in(
     try:
         with stop.until_saved():
             hooks = {"after_save": after_save, "published": published} if here.rank == 0 else {}
-            train(run, state, root=root, sinks=sinks, stop=stop, **hooks)
+            train(run, state, root=root, sinks=sinks, stop=stop, before_save=copies.wait_for_place, **hooks)
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"

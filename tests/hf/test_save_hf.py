@@ -132,7 +132,7 @@ def test_a_run_that_fails_leaves_nothing_half(
     left: list[HFFolders] = []
 
     def fail() -> None:
-        with HFFolders(tmp_path / "run", prune=True) as folders:
+        with HFFolders(tmp_path / "run") as folders:
             left.append(folders)
             folders.wake(tmp_path / "run")
             pipes[0].read_bytes()
@@ -145,22 +145,21 @@ def test_a_run_that_fails_leaves_nothing_half(
     assert left[0].idle
     (tmp_path / "run" / "hf" / ".tmp-8-0123abcd").mkdir()  # as one that was killed leaves it
     converting_by(WRITES, monkeypatch)
-    with HFFolders(tmp_path / "run", prune=True):
+    with HFFolders(tmp_path / "run"):
         pass
     assert names(tmp_path / "run" / "hf") == ["8"]
 
 
-@pytest.mark.parametrize("prune", [True, False])
-def test_a_folder_goes_with_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: bool) -> None:
+def test_a_folder_goes_with_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converting_by(WRITES, monkeypatch)
     checkpoints(tmp_path, 2, 4)
     (tmp_path / "hf" / "1").mkdir(parents=True)  # whose checkpoint was gone before
-    with HFFolders(tmp_path, prune=prune) as folders:
+    with HFFolders(tmp_path) as folders:
         folders.finish()
         assert names(tmp_path / "hf") == ["1", "2", "4"]
         storage.remove(tmp_path / "2")
         folders.wake(tmp_path)
-    assert names(tmp_path / "hf") == (["1", "4"] if prune else ["1", "2", "4"])
+    assert names(tmp_path / "hf") == ["1", "4"]
 
 
 def test_a_checkpoint_that_is_pruned_meanwhile_is_no_failure(
@@ -168,7 +167,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_no_failure(
 ) -> None:
     converting_by(FAILS, monkeypatch)
     checkpoints(tmp_path, 2)
-    with HFFolders(tmp_path, prune=True) as folders:
+    with HFFolders(tmp_path) as folders:
         folders.wake(tmp_path)
         storage.remove(tmp_path / "2")
     assert "could not be written" not in capsys.readouterr().out

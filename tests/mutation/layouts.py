@@ -143,4 +143,4 @@ def written(case: Case) -> dict[str, Any]:
     stop = StopSignal(run.device)
     if run.mesh.world.rank == run.mesh.world.size - 1:
         stop.asked = signal.SIGTERM
-    return {"logits": logits, "tokens": tokens, "stop": stop.asked_anywhere(run.mesh.world, now=True)}
+    return {"logits": logits, "tokens": tokens, "stop": stop.asked_anywhere(run.mesh.world, step=0, now=True)}

@@ -86,8 +86,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_without_a_store(tmp_path: Path, s
 def test_copies_are_sent_and_local_ones_removed_as_asked(tmp_path: Path, store: Bucket, remove: bool) -> None:
     assert run_command(["train", str(copied(tmp_path, store, remove=remove))]) == 0
     assert store.published() == [4, 8, 12]
-    local = sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit())
-    assert local == ([] if remove else ["12", "4", "8"])
+    assert local(tmp_path) == ([] if remove else ["12", "4", "8"])
     for name in ("metrics.jsonl", "report.html"):
         assert store.read(name) == (tmp_path / "run" / name).read_bytes()
 
@@ -224,6 +223,50 @@ def terminate_when_sent(store: Bucket, folder: Path) -> None:
     while int(folder.name) not in store.published() or folder.exists():
         threading.Event().wait(0.005)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_only_the_newest_stay_in_the_store_where_the_run_lives(tmp_path: Path, store: Bucket) -> None:
+    store.change("1/notes.txt", b"somebody's, and no checkpoint")
+    file = in_s3(
+        tmp_path, store, checkpoints__keep_last=1, checkpoints__keep_every=8, checkpoints__checkpoint_interval=2
+    )
+    assert run_command(["train", str(file)]) == 0
+    assert store.published() == [8, 12]
+    assert {name.partition("/")[0] for name in store.names() if "/" in name} == {"1", "8", "12"}
+
+
+def test_only_the_newest_stay_beside_their_copies_and_none_that_is_not_sent(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copied(tmp_path, store, remove=False, checkpoints__keep_last=1)
+
+    def no_four(request: str, _: int) -> Fault | None:
+        return Fault(answer=403) if request.startswith("PUT") and "/4/" in request else None
+
+    with Proxy(no_four) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert run_command(["train", str(file)]) == 74
+    assert store.published() == [8, 12]
+    assert local(tmp_path) == ["12", "4"]
+    assert run_command(["train", str(file), "tokens.train_steps=13"]) == 0
+    assert store.published() == [4, 8, 12, 13]
+    assert local(tmp_path) == ["13"]
+
+
+def local(folder: Path) -> list[str]:
+    """The run's checkpoints that are in its folder."""
+    return sorted(path.name for path in (folder / "run").iterdir() if path.name.isdigit())
+
+
+def test_hugging_face_folders_are_sent_before_their_checkpoints_are_removed(tmp_path: Path, store: Bucket) -> None:
+    file = in_s3(tmp_path, store, checkpoints__save_hf=True, checkpoints__keep_last=1)
+    assert run_command(["train", str(file), "tokens.train_steps=8"]) == 0
+    assert store.published() == [8]
+    sent = {name for name in store.names() if name.startswith("hf/")}
+    assert {"hf/8/config.json", "hf/8/model.safetensors"} <= sent
+    assert not [name for name in sent if not name.startswith("hf/8/")]
+    assert local(tmp_path) == []
+    assert not list((tmp_path / "run" / "hf").iterdir())
 
 
 def test_a_kill_in_mid_upload_loses_nothing_and_shows_nothing_half_sent(

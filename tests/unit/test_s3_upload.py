@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pentode.checkpoint import upload
 from pentode.checkpoint.retry import Clock, GivenUpError, PassingError, Patience
 from pentode.checkpoint.upload import Uploader
 from pentode.errors import StorageError
@@ -24,6 +25,7 @@ class Shop:
     clock: Clock = field(default_factory=Clock)
     refused: set[int] = field(default_factory=set)
     taken: list[int] = field(default_factory=list)
+    with_hf: list[int] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
     open: threading.Event = field(default_factory=threading.Event)
     busy: threading.Event = field(default_factory=threading.Event)
@@ -43,6 +45,12 @@ class Shop:
             raise StorageError(f"{folder.name} is refused")
         self.taken.append(int(folder.name))
         return True
+
+    def has_hf(self, step: int, patience: Patience) -> bool:
+        return step in self.with_hf
+
+    def send_hf(self, folder: Path, patience: Patience) -> None:
+        self.with_hf.append(int(folder.name))
 
     def send_run_files(self, root: Path, patience: Patience) -> None:
         assert root.is_dir()
@@ -65,53 +73,19 @@ def saved(root: Path, step: int) -> Path:
     return folder
 
 
-def test_training_waits_only_when_all_places_are_taken(tmp_path: Path, shop: Shop) -> None:
-    made, returned = uploader(shop, tmp_path, places=2), threading.Event()
+def test_a_place_is_free_while_no_more_than_so_many_wait(tmp_path: Path, shop: Shop) -> None:
+    made = uploader(shop, tmp_path, places=2)
     for step in (1, 2, 3):  # one is sent, two wait
+        assert made.has_place()
         saved(tmp_path, step)
-        made.offer(tmp_path)
+        made.collect()
     assert shop.busy.wait(SOON)
-    assert made.waited == 0
-    saved(tmp_path, 4)
-
-    def offer() -> None:
-        made.offer(tmp_path)
-        returned.set()
-
-    threading.Thread(target=offer, daemon=True).start()
-    assert not returned.wait(0.1)
+    assert not made.has_place()
     shop.open.set()
-    assert returned.wait(SOON)
-    assert made.waited > 0
+    assert made.has_place(within=SOON)
     assert made.wait(SOON)
-    assert shop.taken == [1, 2, 3, 4]
+    assert shop.taken == [1, 2, 3]
     assert made.unsent() == []
-    made.close()
-
-
-def test_a_run_that_was_asked_to_stop_does_not_wait_for_a_place(tmp_path: Path, shop: Shop) -> None:
-    made = uploader(shop, tmp_path, places=0, leave=lambda: True)
-    for step in (1, 2, 3):
-        saved(tmp_path, step)
-    made.offer(tmp_path)
-    assert made.unsent() == [1, 2, 3]
-    made.close()
-
-
-def test_nobody_waits_for_a_place_for_ever(tmp_path: Path) -> None:
-    time = FakeTime()
-
-    def now() -> float:
-        time.time += 250.0
-        return time.time
-
-    shop = Shop(clock=Clock(now, time.wait))
-    made = uploader(shop, tmp_path, places=0)
-    for step in (1, 2, 3):
-        saved(tmp_path, step)
-    made.offer(tmp_path)
-    assert made.waited >= 600.0
-    assert made.unsent() == [1, 2, 3]
     made.close()
 
 
@@ -121,7 +95,7 @@ def test_what_fails_stays_and_is_tried_with_the_next_one_but_not_long(tmp_path: 
     made = uploader(shop, tmp_path, remove=True)
     for step in (1, 2):
         saved(tmp_path, step)
-        made.offer(tmp_path)
+        made.collect()
         assert made.wait(SOON)
     assert sorted(made.failed) == made.unsent() == [1, 2]
     assert "1 is refused" in made.failed[1]
@@ -129,7 +103,7 @@ def test_what_fails_stays_and_is_tried_with_the_next_one_but_not_long(tmp_path: 
     assert shop.limits == [300.0, 0.0, 0.0]  # 1; then 1 again and 2, in one try each
     shop.refused = set()
     saved(tmp_path, 3)
-    made.offer(tmp_path)
+    made.collect()
     assert made.wait(SOON)
     assert shop.taken == [1, 2, 3]
     assert shop.limits[3:] == [0.0, 300.0, 300.0]
@@ -142,7 +116,7 @@ def test_the_last_try_is_patient_again(tmp_path: Path, shop: Shop) -> None:
     shop.refused = {1}
     saved(tmp_path, 1)
     made = uploader(shop, tmp_path)
-    made.offer(tmp_path)
+    made.collect()
     assert made.wait(SOON)
     made.try_all_again()
     assert made.wait(SOON)
@@ -154,12 +128,12 @@ def test_a_local_copy_is_removed_only_when_asked_and_sent(tmp_path: Path, shop: 
     shop.open.set()
     saved(tmp_path, 1)
     keeps = uploader(shop, tmp_path)
-    keeps.offer(tmp_path)
+    keeps.collect()
     assert keeps.wait(SOON)
     assert (tmp_path / "1").is_dir()
     keeps.close()
     removes = uploader(shop, tmp_path, remove=True, fetched=1)
-    removes.offer(tmp_path)
+    removes.collect()
     assert removes.wait(SOON)
     assert not (tmp_path / "1").exists()
     assert shop.taken == [1]  # not again: it has just come from the store
@@ -170,7 +144,7 @@ def test_a_checkpoint_that_was_pruned_while_it_waited_is_no_problem(tmp_path: Pa
     saved(tmp_path, 1)
     folder = saved(tmp_path, 2)
     made = uploader(shop, tmp_path)
-    made.offer(tmp_path)
+    made.collect()
     assert shop.busy.wait(SOON)
     folder.rmdir()
     shop.open.set()
@@ -180,11 +154,72 @@ def test_a_checkpoint_that_was_pruned_while_it_waited_is_no_problem(tmp_path: Pa
     made.close()
 
 
+def test_a_local_copy_stays_until_its_hugging_face_folder_was_made_and_sent(
+    tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "TICK", 0.01)
+    shop.open.set()
+    asked: list[int] = []
+
+    def to_come(step: int) -> bool:
+        assert (tmp_path / str(step)).is_dir()
+        asked.append(step)
+        if asked.count(step) == 3 and step != 2:  # 2 cannot be made
+            (tmp_path / "hf" / str(step)).mkdir(parents=True)
+        return asked.count(step) < 3
+
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    shop.with_hf = [3]  # is there since an earlier start
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=to_come)
+    made.collect()
+    assert made.wait(SOON)
+    assert asked == [1, 1, 1, 2, 2, 2]
+    assert shop.with_hf == [3, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    made.close()
+
+
+def test_a_run_that_ends_before_the_hugging_face_folder_is_made_keeps_the_local_copy(
+    tmp_path: Path, shop: Shop
+) -> None:
+    shop.open.set()
+    waits = threading.Event()
+    saved(tmp_path, 1)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=lambda step: waits.set() or True)
+    made.collect()
+    assert waits.wait(SOON)
+    assert not made.wait(0.0)
+    made.close()
+    assert not made._thread.is_alive()
+    assert (tmp_path / "1").is_dir()
+
+
+def test_what_follows_a_sent_checkpoint_may_fail_and_is_told(
+    tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.open.set()
+    sent: list[int] = []
+
+    def follow(step: int, patience: Patience) -> None:
+        sent.append(step)
+        raise StorageError("no")
+
+    saved(tmp_path, 1)
+    made = uploader(shop, tmp_path, sent=follow)
+    made.collect()
+    assert made.wait(SOON)
+    assert sent == [1]
+    assert made.unsent() == []
+    assert "no; older checkpoints could not be removed" in capsys.readouterr().out
+    made.close()
+
+
 def test_closing_gives_up_what_is_under_way(tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2):
         saved(tmp_path, step)
     made = uploader(shop, tmp_path, remove=True)
-    made.offer(tmp_path)
+    made.collect()
     assert shop.busy.wait(SOON)
     assert not made.wait(0.0)
     made.close()
