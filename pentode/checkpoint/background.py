@@ -161,7 +161,7 @@ class Background:
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # that the work has raised
 
     def start(self, work: Callable[[], object]) -> None:
         """Begin; nothing else may be under way."""
@@ -178,7 +178,7 @@ class Background:
     @property
     def failed(self) -> bool:
         """Whether the work has raised something."""
-        return self._error is not None
+        return self.error is not None
 
     def is_done(self, *, within: float = 0.0) -> bool:
         """Whether the work has ended, or does within so many seconds; true where there is none."""
@@ -191,7 +191,7 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
+        error, self.error = self.error, None
         if error is not None:
             raise error
 
@@ -199,4 +199,4 @@ class Background:
         try:
             work()
         except BaseException as error:  # noqa: BLE001
-            self._error = error
+            self.error = error

@@ -11,6 +11,7 @@ that begin with a dot are on their way in or out:
 """
 
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -33,6 +34,7 @@ from pentode.checkpoint.manifest import (
     Manifest,
     json_bytes,
 )
+from pentode.dist.board import Cancelled
 from pentode.dist.collectives import gather_objects
 from pentode.dist.mesh import Axis
 from pentode.dist.together import together
@@ -70,15 +72,17 @@ def save(
     files: Mapping[str, bytes] | None = None,
     world: Axis = ALONE,
     read: Read | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Path:
     """Write checkpoint `root`/`step` and return its folder; when this returns it survives a crash or a power cut.
 
-    groups  tensors by group ("weights", "optimizer") and name, of each what this rank writes; every rank that has
-            something of a group writes one safetensors file of it
-    state   what else decides the next step, as JSON; rank 0's is written
-    files   other files to carry, by name; rank 0's are written
-    world   the ranks that save together; all must call, and none returns before the checkpoint is there
-    read    gives the bytes of a group's tensors in file order, group after group by name; by itself, from the tensors
+    groups     tensors by group ("weights", "optimizer") and name, of each what this rank writes; every rank that has
+               something of a group writes one safetensors file of it
+    state      what else decides the next step, as JSON; rank 0's is written
+    files      other files to carry, by name; rank 0's are written
+    world      the ranks that save together; all must call, and none returns before the checkpoint is there
+    read       gives the bytes of a group's tensors in file order, group after group by name; without it, they do
+    cancelled  if it is set on rank 0 before the checkpoint gets its name, the save ends with Cancelled
 
     A valid checkpoint of that step with the same content is kept as it is; one with other content is replaced, a
     damaged one is set aside. Raises StorageError, on all ranks if on one, after which everything stands as before.
@@ -116,7 +120,7 @@ def save(
     def finish() -> None:
         if first:
             facts = {name: FileFacts(*known) for of_rank in written for name, known in of_rank.items()}
-            _publish(root, temporary, Manifest(step, facts))
+            _publish(root, temporary, Manifest(step, facts), cancelled or threading.Event())
 
     try:
         together(begin, world)
@@ -206,13 +210,13 @@ def _small_files(step: int, state: Mapping[str, object], files: Mapping[str, byt
     return small
 
 
-def _publish(root: Path, temporary: Path, manifest: Manifest) -> None:
+def _publish(root: Path, temporary: Path, manifest: Manifest, cancelled: threading.Event) -> None:
     """Complete the temporary folder and rename it to its step, or drop it if the same checkpoint is there already."""
     storage.write(temporary / MANIFEST, [manifest.dump()])
     storage.sync_folder(temporary)
     folder = root / str(manifest.step)
     if not folder.exists():
-        storage.rename(temporary, folder)
+        _rename_unless(cancelled, temporary, folder)
         return
     try:
         present = open_checkpoint(folder)
@@ -225,7 +229,7 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> None:
             storage.remove(temporary)
             return
         aside = folder.with_name(_passing("old", manifest.step))
-    storage.rename(folder, aside)
+    _rename_unless(cancelled, folder, aside)
     try:
         storage.rename(temporary, folder)
     except OSError:
@@ -234,6 +238,13 @@ def _publish(root: Path, temporary: Path, manifest: Manifest) -> None:
         raise
     if aside.name.startswith(".old-"):
         storage.remove(aside)
+
+
+def _rename_unless(cancelled: threading.Event, source: Path, target: Path) -> None:
+    """Rename what is to be published or to make room for it; a disk may have taken so long that nobody wants that."""
+    if cancelled.is_set():
+        raise Cancelled
+    storage.rename(source, target)
 
 
 def _name_latest(root: Path, step: int) -> None:

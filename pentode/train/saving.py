@@ -147,7 +147,7 @@ class Saver:
         try:
             devices.use(self.run.device)
             snapshot.copy()  # before other ranks are heard of, for whom no update should wait
-            save(self.root, **what, world=self._world, read=read)
+            save(self.root, **what, world=self._world, read=read, cancelled=self._background.cancelled)
         finally:
             snapshot.release()
             if snapshot.staged:
@@ -177,9 +177,14 @@ class Saver:
         while not self._background.is_done(within=LOOK) and time.monotonic() < end and self.stop.asked is None:
             continue
         self._background.cancelled.set()
-        ended = self._background.is_done(within=ENDING)
-        if not ended or self._background.failed:
-            log.warning(f"{self.root / str(self.last)}: this checkpoint was given up; those before it stay")
+        ended, error = self._background.is_done(within=ENDING), self._background.error
+        if not ended or error is not None:
+            why = "" if error is None or isinstance(error, Cancelled) else f" ({_in_words(error)})"
+            log.warning(f"{self.root / str(self.last)}: this checkpoint was given up{why}; those before it stay")
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, PentodeError) else f"{type(error).__name__}: {error}"
 
 
 class DeviceRoom:
