@@ -23,7 +23,11 @@ from pentode.dist.p2p import Receipt, Ring
 
 
 def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) -> Tensor:
-    """x W^T of all tokens, from this rank's [T/tp, D]; weight [F, D] -> [T, F].
+    """y = x W^T of all tokens, with W's rows cut over tp.
+
+        x       [T/tp, D]
+        y       [T, F]
+        weight  [F, D] of [F tp, D]
 
     group     tp
     forward   all-gather of x along T, under the product
@@ -35,7 +39,11 @@ def gathered_linear(x: Tensor, weight: Tensor, tp: Axis, *, gather_again: bool) 
 
 
 def scattered_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
-    """x W^T summed over the ranks, of this rank's tokens; x [T, F], weight [D, F] -> [T/tp, D].
+    """y = x W^T, with W's columns cut over tp.
+
+        x       [T, F]
+        y       [T/tp, D]
+        weight  [D, F] of [D, F tp]
 
     group     tp
     forward   reduce-scatter of the product along T, under it
@@ -47,7 +55,11 @@ def scattered_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
 
 
 def replicated_linear(x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
-    """x W^T, of an x [T, D] that all ranks hold alike; weight [F, D] -> [T, F].
+    """y = x W^T, with W's rows cut over tp.
+
+        x       [T, D], the same on all ranks
+        y       [T, F]
+        weight  [F, D] of [F tp, D]
 
     group     tp
     forward   nothing
@@ -115,10 +127,16 @@ class _ReplicatedLinear(torch.autograd.Function):
 def gather_matmul(
     x: Tensor, weight: Tensor, transpose: bool, keep: bool, group: str, size: int, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The product of all ranks' x [t, K] with the weight (or its transpose), and, to `keep`, all of x; else nothing.
+    """y = x W of all tokens (`transpose`: x W^T), and, to `keep`, all of x; else nothing of it.
 
-    forward   all-gather of x along T
+        x       [T/tp, K]
+        y       [T, N]; all of x [T, K], or [0, K]
+        weight  [K, N], or [N, K] to transpose: this rank's part of a whole
+
+    group     that of the name, of `size` ranks
+    forward   all-gather of x along T, under the product
     backward  none: an operator without a gradient
+    gradient  none; `gathered_linear` and `scattered_linear` say whose they are
     """
     factor = weight.T if transpose else weight
     tp = Axis("tp", size, rank, group_of(group))
@@ -136,10 +154,16 @@ def gather_matmul(
 
 @torch.library.custom_op("pentode::matmul_scatter", mutates_args=())
 def matmul_scatter(x: Tensor, weight: Tensor, transpose: bool, group: str, size: int, rank: int) -> Tensor:
-    """This rank's tokens of the sum over ranks of x [T, K] times the weight (or its transpose).
+    """y = x W (`transpose`: x W^T) summed over the ranks, of this rank's tokens.
 
-    forward   reduce-scatter of the product along T
+        x       [T, K]
+        y       [T/tp, N]
+        weight  [K, N], or [N, K] to transpose: this rank's part of a whole
+
+    group     that of the name, of `size` ranks
+    forward   reduce-scatter of the product along T, under it
     backward  none: an operator without a gradient
+    gradient  none; `gathered_linear` and `scattered_linear` say whose they are
     """
     factor = weight.T if transpose else weight
     tp = Axis("tp", size, rank, group_of(group))
@@ -150,10 +174,16 @@ def matmul_scatter(x: Tensor, weight: Tensor, transpose: bool, group: str, size:
 def matmul_scatter_gather(
     grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """`matmul_scatter` of grad [T, F] and weight [F, D], and all ranks' x [T/tp, D], in one pass.
+    """`matmul_scatter` of grad and weight, and all ranks' x, in one pass.
 
+        grad    [T, F]; x [T/tp, D]
+        result  [T/tp, D], and all of x [T, D]
+        weight  [F, D] of [F tp, D]
+
+    group     that of the name, of `size` ranks
     forward   all-gather of x along T, then reduce-scatter of the product along T, both under it
     backward  none: an operator without a gradient
+    gradient  none; `gathered_linear` says whose they are
     """
     tp = Axis("tp", size, rank, group_of(group))
     ring = Ring(tp, device=x.device, nbytes=x.nbytes + _passed_on(grad, weight, size))
@@ -170,10 +200,16 @@ def matmul_scatter_gather(
 def matmuls_under_sum(
     grad: Tensor, weight: Tensor, x: Tensor, group: str, size: int, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x, summed over the ranks, and of weight [F, D], from that of x W^T [T, F].
+    """The gradients of x, summed over the ranks, and of weight, from that of x W^T.
 
+        grad    [T, F]; x [T, D]
+        result  [T, D] and [F, D]
+        weight  [F, D] of [F tp, D]
+
+    group     that of the name, of `size` ranks
     forward   all-reduce of x's gradient, under the product for the weight's
     backward  none: an operator without a gradient
+    gradient  none; `replicated_linear` says whose they are
     """
     grad_x = grad @ weight
     work = start_sum_(grad_x, Axis("tp", size, rank, group_of(group)))
