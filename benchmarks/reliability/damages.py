@@ -4,6 +4,7 @@ The run of two ranks has three checkpoints; the newest is damaged, or all are. O
 is complete but for its last step), so what it trains from shows in what it ends with, byte for byte.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ GOOD = str(STEPS - tiny_run.INTERVAL)
 BLOCK = 4096
 ALONE = 0.2  # share of the cases in which no older checkpoint is whole
 HEADERS = (2**60, 2**63 - 1, 2**40, 2**31 - 1)  # lengths that a tensor file claims for its header
+M_ARENA_MAX = -8  # of glibc's malloc.h
 ROOM = 256 * 2**20  # bytes of memory that reading a damaged checkpoint may take beside what reading a good one does
 
 
@@ -179,7 +181,8 @@ def _go_on(prepared: Path, root: Path) -> int:
 
 
 def _with_little_memory(rank: int) -> None:
-    """Let this process have ROOM and no more beside what it has."""
+    """Let this process have ROOM and no more beside what it has; addresses that threads reserve are no memory."""
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
 
