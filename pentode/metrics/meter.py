@@ -12,14 +12,23 @@ from pentode.metrics.record import Record
 
 @dataclass(frozen=True)
 class Work:
-    """What steps do, over all ranks: tokens; operations, forward and backward, attention in full and by half."""
+    """What steps do, over all ranks: tokens; operations, forward and backward, attention in full and by half.
+
+    recomputed  operations that are done a second time, so as not to keep their results; of the hardware's work alone
+    """
 
     tokens: int
     flops: float
     causal_flops: float
+    recomputed: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.tokens + other.tokens, self.flops + other.flops, self.causal_flops + other.causal_flops)
+        return Work(
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.causal_flops + other.causal_flops,
+            self.recomputed + other.recomputed,
+        )
 
 
 class Meter:
@@ -83,7 +92,7 @@ class Meter:
         now = self._clock()
         seconds = max(now - self._since, 1e-9)  # a clock may tick coarsely; nothing divides by zero
         self._since = now
-        teraflops = work.flops / seconds / self.world_size / 1e12
+        tera_seconds = seconds * self.world_size * 1e12
         total, used, free = shutil.disk_usage(disk) if disk else (None, None, None)
         return Record(
             step=step,
@@ -95,8 +104,8 @@ class Meter:
             global_batch_size=self.global_batch_size,
             tokens_per_sec=work.tokens / seconds,
             tokens_per_sec_per_gpu=work.tokens / seconds / self.world_size,
-            model_tflops_per_gpu=teraflops,
-            hardware_tflops_per_gpu=teraflops,  # nothing is recomputed yet
+            model_tflops_per_gpu=work.flops / tera_seconds,
+            hardware_tflops_per_gpu=(work.flops + work.recomputed) / tera_seconds,
             elapsed_time_per_iteration_ms=seconds / steps * 1000,
             cuda_memory_allocated=memory_allocated,
             cuda_max_memory_reserved=memory_reserved,

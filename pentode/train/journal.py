@@ -1,6 +1,7 @@
 """Steps whose numbers are still on the device, and the records made of them: one wait for the host a flush."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pentode.metrics.sinks import Sinks
 from pentode.run.build import Run
 from pentode.train.step import StepResult
 
+MOMENT = 0.1  # seconds for which what was seen of a GPU's memory is good enough
 FIRST_STEPS = 5  # the steps before this one print memory and disk, as Nanotron's do
 
 
@@ -43,6 +45,7 @@ class Journal:
         )
         self._numbers: list[devices.Fetched] = []  # loss and norm of each step kept
         self._work_of: dict[int, Work] = {}  # by sequence length
+        self._seen: tuple[float, devices.Memory] | None = None  # what a GPU's memory held, and when
         self._wanted = 0  # how many of the steps kept are to be written when the device is busy with another
 
     def add(self, done: Done) -> None:
@@ -102,8 +105,7 @@ class Journal:
     def _write(self, rows: list[list[float]], ran: list[Done], *, val_loss: float | None) -> None:
         """Give the sinks the records of the first steps that ran, one for each row of loss and norm."""
         done = ran[: len(rows)]
-        last, memory = done[-1], devices.memory(self.run.device)
-        gpu = devices.is_gpu(self.run.device)
+        last, memory = done[-1], self._memory()
         record = self.meter.record(
             last.step,
             steps=len(ran),  # all of them took their time, those that are not written too
@@ -113,8 +115,8 @@ class Journal:
             grad_norm=rows[-1][1],
             lr=last.learning_rate,
             val_loss=val_loss,
-            memory_allocated=memory.allocated if gpu else None,
-            memory_reserved=memory.peak_reserved if gpu else None,
+            memory_allocated=None if memory is None else memory.allocated,
+            memory_reserved=None if memory is None else memory.peak_reserved,
             disk=self.root if (self.show_disk or last.step < FIRST_STEPS) and self.root.exists() else None,
         )
         self.show_disk = False
@@ -132,15 +134,26 @@ class Journal:
             )
         self.sinks.log(record)
 
+    def _memory(self) -> devices.Memory | None:
+        """What a GPU's memory held a moment ago: to ask takes as long as a small step."""
+        now = time.monotonic()
+        if devices.is_gpu(self.run.device) and (self._seen is None or now > self._seen[0] + MOMENT):
+            self._seen = now, devices.memory(self.run.device)
+        return None if self._seen is None else self._seen[1]
+
     def _work(self, step: int) -> Work:
         """What `step` did; a stage may have a sequence length of its own."""
         length = self.run.feed.stage_at(step).sequence_length
         if length not in self._work_of:
             config = self.run.config
             shape, batch = config.model.model_config, config.global_batch_size
+            recomputed = (
+                shape.recomputed_flops_per_sequence(length) if config.parallelism.recompute_layer is True else 0.0
+            )
             self._work_of[length] = Work(
                 tokens=batch * length,
                 flops=batch * shape.flops_per_sequence(length),
                 causal_flops=batch * shape.causal_flops_per_sequence(length),
+                recomputed=batch * recomputed,
             )
         return self._work_of[length]

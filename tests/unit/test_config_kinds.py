@@ -66,6 +66,7 @@ def test_operations_are_nanotrons_count() -> None:
     h, layers, s, ffn, v, heads, kv, d = 2048, 16, 8192, 8192, 128256, 32, 8, 64
     block = 2 * s * h * (heads + 2 * kv) * d + 4 * heads * s**2 * d + 2 * s * heads * d * h + 6 * s * h * ffn
     assert LLAMA_3_2_1B.flops_per_sequence(s) == pytest.approx(3 * (layers * block + 2 * s * h * v), rel=1e-12)
+    assert LLAMA_3_2_1B.recomputed_flops_per_sequence(s) == pytest.approx(layers * block, rel=1e-12)
     halved = LLAMA_3_2_1B.flops_per_sequence(s) - LLAMA_3_2_1B.causal_flops_per_sequence(s)
     assert halved == pytest.approx(3 * layers * 2 * heads * s**2 * d, rel=1e-12)
 

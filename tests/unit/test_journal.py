@@ -39,8 +39,8 @@ def two_stages(folder: Path) -> list[dict[str, Any]]:
     return [first, first | {"name": "next", "start_training_step": NEXT_START, "sequence_length": NEXT_LENGTH}]
 
 
-def a_journal(folder: Path) -> tuple[Journal, list[Record]]:
-    config = tiny_config(folder, model__model_config__vocab_size=50, data_stages=two_stages(folder))
+def a_journal(folder: Path, **changes: object) -> tuple[Journal, list[Record]]:
+    config = tiny_config(folder, model__model_config__vocab_size=50, data_stages=two_stages(folder), **changes)
     stages = plan_stages(config.data_stages, train_steps=12, sequence_length=FIRST_LENGTH)
     run = SimpleNamespace(
         config=config,
@@ -82,6 +82,32 @@ def test_speed_is_that_of_the_stages_that_ran(
         assert per_step(record, "model_tflops_per_gpu") == pytest.approx(flops / 1e12)
         assert per_step(record, "mfu") == pytest.approx(flops / 1e12)
         assert per_step(record, "mfu_causal") == pytest.approx(causal / 1e12)
+
+
+@pytest.mark.parametrize("recompute", [False, "selective", True])
+def test_blocks_that_run_twice_are_the_hardwares_work_alone(tmp_path: Path, recompute: bool | str) -> None:
+    journal, records = a_journal(tmp_path, parallelism__recompute_layer=recompute)
+    journal.add(a_step(1))
+    journal.flush()
+    (record,) = records
+    config = journal.run.config
+    twice = config.global_batch_size * config.model.model_config.recomputed_flops_per_sequence(FIRST_LENGTH)
+    more = per_step(record, "hardware_tflops_per_gpu") - per_step(record, "model_tflops_per_gpu")
+    assert more == pytest.approx(twice / 1e12 if recompute is True else 0.0, rel=1e-6)
+
+
+def test_a_gpus_memory_is_looked_at_once_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, records = a_journal(tmp_path)
+    now, seen = [100.0], iter(range(1, 10))
+    monkeypatch.setattr(journals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(journals.devices, "is_gpu", lambda device: True)
+    monkeypatch.setattr(journals.devices, "fetch", lambda numbers: SimpleNamespace(wait=numbers.tolist))
+    monkeypatch.setattr(journals.devices, "memory", lambda device: journals.devices.Memory(next(seen), 0, 0))
+    for step in range(1, 5):
+        journal.add(a_step(step))
+        journal.flush()
+        now[0] += journals.MOMENT * 0.6
+    assert [record.cuda_memory_allocated for record in records] == [1, 1, 2, 2]
 
 
 def test_a_whole_runs_tokens_are_time_times_speed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Speed from time: what counts as a step's time, and what the work is divided by."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ def test_speed_is_work_over_time_over_devices() -> None:
     assert record.model_tflops_per_gpu == record.hardware_tflops_per_gpu == pytest.approx(2.0)
     assert record.mfu == pytest.approx(0.2)
     assert record.mfu_causal == pytest.approx(0.15)
+    clock.now += 0.5
+    record = meter.record(2, work=replace(STEP, recomputed=STEP.flops / 4), consumed_tokens=1024, lm_loss=5.0, lr=1e-3)
+    assert record.model_tflops_per_gpu == pytest.approx(2.0)
+    assert record.hardware_tflops_per_gpu == pytest.approx(2.5)
 
 
 def test_evaluation_and_checkpoints_belong_to_no_step() -> None:

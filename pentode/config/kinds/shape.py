@@ -94,6 +94,14 @@ class Shape(ABC):
         """The same with half of the attention: what a causal kernel has to do."""
         return self._flops(sequence_length, pairs=sequence_length**2 / 2)
 
+    def recomputed_flops_per_sequence(self, sequence_length: int) -> float:
+        """Operations of all blocks' forward, which recomputing whole blocks adds to a step."""
+        return self._blocks_forward(sequence_length, pairs=sequence_length**2)
+
     def _flops(self, sequence_length: int, *, pairs: float) -> float:
-        weights = self.num_layers * self.matmul_parameters_per_layer + self.known_vocab_size() * self.width
-        return 6.0 * sequence_length * weights + 12.0 * pairs * self.width * self.num_layers
+        head = 2.0 * sequence_length * self.known_vocab_size() * self.width
+        return 3.0 * (self._blocks_forward(sequence_length, pairs=pairs) + head)
+
+    def _blocks_forward(self, sequence_length: int, *, pairs: float) -> float:
+        per_layer = 2.0 * sequence_length * self.matmul_parameters_per_layer + 4.0 * pairs * self.width
+        return self.num_layers * per_layer
