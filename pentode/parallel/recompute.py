@@ -32,6 +32,8 @@ KEPT = frozenset(
     }
 )
 
+KEPT_IN_WORDS = f"keeps {sorted(map(str, KEPT))}"  # the policy, for torch's cache of compiled graphs
+
 
 def recomputing(run: Callable[P, Tensor], mode: Mode) -> Callable[P, Tensor]:
     """`run`, made to keep less for backward.
@@ -48,6 +50,7 @@ def recomputing(run: Callable[P, Tensor], mode: Mode) -> Callable[P, Tensor]:
     if mode is False:
         return run
     contexts = partial(create_selective_checkpoint_contexts, _policy)
+    contexts.cache_hash = KEPT_IN_WORDS  # pyright: ignore[reportAttributeAccessIssue]
 
     def whole(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

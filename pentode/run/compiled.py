@@ -1,7 +1,7 @@
 """What of a step is compiled: blocks, one graph for all of a kind (design 1.4), recomputed or not; loss; optimizer."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from pentode.parallel.recompute import recomputing
 # To try variants of a kernel that writes where it reads, inductor first copies all that: GBs of logits. This one comes
 # to 2.95 TB/s without. (The optimizer's comes to 2.1 without and 2.96 with: it tries them by itself, on small tensors.)
 IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
+
+# torch keeps a compiled graph with an autograd Function in its cache only if told that this is safe. It is here: both
+# directions are in the traced graph, by which an entry is found, and groups, sizes and ranks are literals in it.
+CACHED: dict[str, Any] = {
+    "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.autograd_function_apply": torch.__version__}
+}
 
 P = ParamSpec("P")
 
@@ -54,7 +60,7 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
     wanted, budget = is_wanted(config, device), config.model.activation_budget
     if wanted:
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled
-        block = torch.compile(block, fullgraph=True)
+        block = torch.compile(block, fullgraph=True, options=CACHED)
         block = block if budget == 1 else _keeping(budget, block)
     elif budget < 1:
         raise ConfigError(
