@@ -20,7 +20,7 @@ from pentode.parallel.spec import specs_of
 from pentode.run import build
 from pentode.run.build import Run
 from pentode.train.evaluate import validation_loss
-from pentode.train.step import train_step, valid_tokens
+from pentode.train.step import train_step
 from tests.helpers.config import small
 
 STEPS = 5
@@ -67,7 +67,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A layout for a problem; `micro_batches` a step on each replica."""
+    """A layout for a problem; `micro_batches` a step on each replica.
+
+    Without `validate` there is no validation loss: where blocks are compiled, it needs a graph of its own.
+    """
 
     problem: Problem = field(default_factory=Problem)
     dp: int = 1
@@ -85,6 +88,7 @@ class Case:
     small_buckets: bool = False
     pad_vocabulary: int = 1
     sanity: bool = False
+    validate: bool = True
 
     @property
     def ranks(self) -> int:
@@ -104,7 +108,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a run of a problem gives; global tensors by name."""
+    """What a run of a problem gives; global tensors by name; no validation loss without labels, or if not asked for."""
 
     losses: list[float]
     norms: list[float]
@@ -160,14 +164,20 @@ def config_of(case: Case) -> Config:
 
 def train_case(case: Case) -> Outcome:
     """Train the case on this rank; every rank of the world must call, and each gets the whole outcome."""
-    run = run_of(case)
-    gradients = first_gradients(run, batches_of(case, run.mesh, 0))
-    results = [train_step(run, batches_of(case, run.mesh, step), learning_rate=1e-2) for step in range(STEPS)]
-    validation = validation_loss(run, batches_of(case, run.mesh, STEPS))
+    run, first = run_of(case), {}
+
+    def keep_first() -> None:
+        first.update({} if first else held_gradients(run))
+
+    results = [
+        train_step(run, batches_of(case, run.mesh, step), learning_rate=1e-2, before_update=keep_first)
+        for step in range(STEPS)
+    ]
+    validation = validation_loss(run, batches_of(case, run.mesh, STEPS)) if case.validate else None
     run.master.wait_for()
     weights = {name: p.detach() for stage in run.stages.values() for name, p in stage.named_parameters()}
     losses, norms = [result.loss.item() for result in results], [result.norm.item() for result in results]
-    return Outcome(losses, norms, gradients, whole(run, weights), validation)
+    return Outcome(losses, norms, whole_gradients(run, first), whole(run, weights), validation)
 
 
 def run_of(case: Case) -> Run:
@@ -208,16 +218,17 @@ def global_batch(problem: Problem, step: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, mask, torch.arange(problem.samples) + step * problem.samples
 
 
-def first_gradients(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
-    """Every gradient of a step that is not taken, whole."""
-    run.master.start_step(len(batches))
-    tokens = valid_tokens(batches, run.mesh)
-    run.pipeline.forward_backward(batches, scale=1 / tokens.to(run.loss_dtype))
-    run.master.finish_gradients()
+def held_gradients(run: Run) -> dict[str, Tensor]:
+    """A copy of what this rank holds of a step's gradients, before they are clipped; zero where others hold them."""
     held = {name: torch.zeros_like(gradient) for name, gradient in run.master.gradients.items()}
     for name, parts in run.master.by_name([shard.gradient for shard in run.master.shards]).items():
         for start, part in parts:
             held[name].view(-1)[start : start + part.numel()] = part
+    return held
+
+
+def whole_gradients(run: Run, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Global gradients of what each rank held."""
     if run.master.sharded:  # each data rank holds its shards
         held = {name: collectives.sum_(gradient, run.mesh.data) for name, gradient in held.items()}
     return whole(run, held)

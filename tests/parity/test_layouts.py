@@ -4,6 +4,7 @@ A test is a case: a layout (tests/helpers/cases.py) of a problem, compared with 
 problem in one micro-batch, at torch's default tolerances.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 
@@ -25,11 +26,17 @@ LLAMA, GPT2 = Problem(), Problem(model="gpt2")
 DROPPING = Problem(model="gpt2", shape=DROPOUT)
 
 
+def deep(problem: Problem, layers: int) -> Problem:
+    """The same of so many layers; two are enough where no stage has more than one."""
+    name = "num_hidden_layers" if problem.model == "llama" else "n_layer"
+    return replace(problem, shape=(*problem.shape, (name, layers)))
+
+
 def axes(problem: Problem) -> list[Case]:
     """Each axis by itself, at 2 and 4."""
-    sizes = (2, 4)
-    data = [Case(problem, dp=n, micro_batches=m, zero=z) for n in sizes for z, m in ((0, 1), (1, 2))]
-    tensor = [Case(problem, tp=n, sequence_parallel=cut) for n in sizes for cut in (False, True)]
+    sizes, two = (2, 4), deep(problem, 2)
+    data = [Case(two, dp=n, micro_batches=m, zero=z) for n in sizes for z, m in ((0, 1), (1, 2))]
+    tensor = [Case(two, tp=n, sequence_parallel=cut) for n in sizes for cut in (False, True)]
     stages = [Case(problem, pp=n, engine=e, micro_batches=4) for n in sizes for e in ("afab", "1f1b")]
     several = [Case(problem, pp=2, engine=e, stages_per_rank=2, micro_batches=4) for e in ("afab", "interleaved")]
     return data + tensor + stages + several
@@ -43,6 +50,8 @@ def cubes() -> list[Case]:
         if (cut + zero + recompute + (shape is TIED) + micro_batches // 4) % 2 == 0:
             model = "gpt2" if zero == (engine == "1f1b") else "llama"
             problem = Problem(model=model, shape=shape, masked=cut != recompute)
+            if engine != "interleaved":
+                problem = deep(problem, 2)
             layout = {"micro_batches": micro_batches, "engine": engine, "sequence_parallel": cut, "zero": zero}
             found.append(Case(problem, dp=2, tp=2, pp=2, recompute=recompute, **layout))
     return found
@@ -146,13 +155,13 @@ NAMED = {
         Case(DROPPING, tp=2, sequence_parallel=True, overlap=True, compiled=PARTITIONED),
         Case(LLAMA, dp=2, micro_batches=2, zero=1, small_buckets=True, compiled=PARTITIONED),
         Case(LLAMA, pp=2, engine="1f1b", micro_batches=4, compiled=PARTITIONED),
-        cube(GPT2, recompute="selective", compiled=PARTITIONED),
-        cube(DROPPING, recompute="selective", compiled=PARTITIONED, overlap=True),
+        cube(GPT2, recompute="selective", compiled=PARTITIONED, validate=False),
+        cube(DROPPING, recompute="selective", compiled=PARTITIONED, overlap=True, validate=False),
     ],
     "compiled": [
-        Case(LLAMA, tp=2, sequence_parallel=True, recompute="selective", compiled="inductor"),
+        Case(LLAMA, tp=2, sequence_parallel=True, recompute="selective", compiled="inductor", validate=False),
         Case(LLAMA, tp=2, sequence_parallel=True, overlap=True, compiled="inductor"),
-        Case(DROPPING, tp=2, sequence_parallel=True, recompute="selective", compiled="inductor"),
+        Case(DROPPING, tp=2, sequence_parallel=True, recompute="selective", compiled="inductor", validate=False),
     ],
     "sanity checks on": [
         cube(Problem(shape=(*TIED, *FEW_HEADS)), tp=4, dp=1, sanity=True),
@@ -174,8 +183,11 @@ def one_process(problem: Problem) -> Outcome:
 
 def check(case: Case) -> None:
     """Train it on its ranks, and compare what each of them has gathered with one process."""
+    want = one_process(case.problem)
+    if not case.validate:
+        want = replace(want, validation=None)
     for got in [train_case(case)] if case.ranks == 1 else WORLD.run(train_case, case.ranks, case=case):
-        assert_equal(got, one_process(case.problem))
+        assert_equal(got, want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -188,13 +200,13 @@ def cases(draw: st.DrawFn, pp: int) -> Case:
     """Any layout that the config's rules let through, on 8 processes at most."""
     dp, tp = draw(st.sampled_from([(dp, tp) for dp in (1, 2, 3, 4) for tp in (1, 2, 4) if 1 < pp * dp * tp <= 8]))
     model = draw(st.sampled_from(("llama", "gpt2")))
-    count = draw(st.integers(3, 8))
+    count = draw(st.integers(max(2, pp), 2 * pp + 1))  # two stages on a rank, and one layer more than stages
     shape = {"num_hidden_layers" if model == "llama" else "n_layer": count, "tie_word_embeddings": draw(st.booleans())}
     if model == "llama":
         shape["num_key_value_heads"] = draw(st.sampled_from((1, 2, 4)))
     else:
         shape |= dict(DROPOUT) if draw(st.booleans()) else {}
-    micro_batches = draw(st.sampled_from((1, 2, 4)))
+    micro_batches = draw(st.sampled_from((1, 2, 4) if pp > 1 else (1, 2)))
     problem = Problem(
         model=model,
         shape=tuple(shape.items()),
