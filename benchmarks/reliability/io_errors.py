@@ -34,6 +34,7 @@ LINE = re.compile(
 WENT_ON = "earlier checkpoints are as they were; training goes on"  # what is said to on_save_error: warn
 NOT_NAMED = "latest.txt: could not be written"  # which nobody reads
 NOT_REMOVED = "older checkpoints could not be removed"
+NOT_READ_AGAIN = "no older checkpoint is removed"  # said where the newer one could not be read
 RECORDS = {
     "metrics.jsonl": "metrics: JsonLines is switched off, training goes on",
     "logs/rank-0.log": "",
@@ -147,7 +148,11 @@ def _not_undone(root: Path, *, first: bool) -> str:
 def not_told(codes: list[int], said: str, root: Path, code: int) -> str:
     """What the ranks' ends and words lack; empty if nothing."""
     told = [line for line in said.splitlines() if line.startswith("pentode: ")]
-    if codes == [0, 0] and not told and any(words in said for words in (NOT_NAMED, WENT_ON, NOT_REMOVED)):
+    if (
+        codes == [0, 0]
+        and not told
+        and any(words in said for words in (NOT_NAMED, WENT_ON, NOT_REMOVED, NOT_READ_AGAIN))
+    ):
         return ""
     if codes != [74, 74]:
         return f"exit codes {codes}, not 74"
