@@ -32,6 +32,7 @@ LINE = re.compile(
     r"pentode: (ranks? [\d, and-]+: )?(/\S+): (.*) \(([\d,]+ bytes are needed, )?([\d,]+|an .*) are free\); "
 )
 WENT_ON = "earlier checkpoints are as they were; training goes on"  # what is said to on_save_error: warn
+SAVES = "Saving checkpoint at"  # from there on it is known how many bytes are needed
 NOT_NAMED = "latest.txt: could not be written"  # which nobody reads
 NOT_REMOVED = "older checkpoints could not be removed"
 NOT_READ_AGAIN = "no older checkpoint is removed"  # said where the newer one could not be read
@@ -164,7 +165,7 @@ def not_told(codes: list[int], said: str, root: Path, code: int) -> str:
         found is None
         or not found[2].startswith(str(root))
         or found[3] != cause
-        or not found[4]
+        or (SAVES in said and not found[4])
         or remedy not in told[0]
     ):
         return f"its line lacks the path, the cause, bytes needed and free, or what to do: {told[0]}"

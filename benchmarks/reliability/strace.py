@@ -19,7 +19,9 @@ LINE = re.compile(r"(\d+) +(\w+)\((?:\d+<([^>]*)>|(?:AT_FDCWD[^,]*, )?\"([^\"]*)
 PATH = re.compile(r"[<\"](/[^>\"]*)[>\"]")
 IN_A_RUN = re.compile(r"/(\.(tmp|old|trash|bad)-|\d+(/|$))|$")  # what follows the run's folder in paths that count
 SECOND = 2 * tiny_run.INTERVAL
-OF_SECOND = re.compile(rf"/(\.tmp-{SECOND}-|{SECOND}(/|$)|\.trash-)")  # paths of the second save, and of what it prunes
+# Paths of the second save, and of what it prunes.
+OF_SECOND = re.compile(rf"/(\.tmp-{SECOND}-|{SECOND}(/|$)|{tiny_run.INTERVAL}$|\.trash-)")
+OF_EVERY = re.compile(r"(/\.tmp-latest-.*)?$")  # and of what every save touches: the run's folder, latest.txt
 SAME_HEX = "0badcafe"
 
 
@@ -80,10 +82,12 @@ def calls(folder: Path) -> list[Call]:
             read = LINE.match(line)
             place = (read[3] or read[4] or "") if read else ""
             if read and place.startswith(root) and IN_A_RUN.match(place[len(root) :]):
-                second = any(OF_SECOND.match(one) for one in _inside(root, line))
-                counts[read[1], read[2], second] += 1
-                when, creates = counts[read[1], read[2], second], read[2] == "openat" and "O_CREAT" in line
-                found.append(Call(rank, read[2], when, place[len(root) :], creates, second))
+                inside = place[len(root) :]
+                second, every = OF_SECOND.match(inside) is not None, OF_EVERY.match(inside) is not None
+                like = read[1], read[2], second, every  # what strace counts together: it looks at the first path alone
+                counts[like] += 1
+                creates = read[2] == "openat" and "O_CREAT" in line
+                found.append(Call(rank, read[2], counts[like], inside, creates, second))
     return found
 
 
@@ -98,17 +102,14 @@ def later_calls(folder: Path) -> list[Call]:
 def start(config: Path, root: Path, folder: Path, call: Call, what: str) -> Ranks:
     """Start the run that `record` recorded, and do `what` ("signal=SIGKILL", "error=EIO") at one of its calls."""
     seen = {one for path in folder.glob("calls-*.txt") for one in _inside(str(folder / "run"), path.read_text())}
-    alike = OF_SECOND.match if call.second else _EVERY.match
+    alike = OF_SECOND.match if call.second else OF_EVERY.match
     options = [option for one in sorted(filter(alike, seen)) for option in ("-P", f"{root}{one}")]
     options += ["-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.when}"]
     return tiny_run.start(config, root, prepare=same_names, attach=lambda pids: _attach(pids[call.rank], options))
 
 
-_EVERY = re.compile(r"(/\.tmp-latest-.*)?$")
-
-
 def _of_every_save(call: Call) -> bool:
-    return not call.second and call.name != "mkdir" and _EVERY.match(call.path) is not None  # the run's own is there
+    return not call.second and call.name != "mkdir" and OF_EVERY.match(call.path) is not None  # the run's own is there
 
 
 def _inside(root: str, text: str) -> set[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from pentode.checkpoint import storage
 from pentode.checkpoint.folder import (
     Checkpoint,
     DamagedError,
@@ -79,7 +80,12 @@ def shares(files: Mapping[str, FileFacts], ranks: int) -> list[list[str]]:
 
 def _seen_by_all(root: Path, world: Axis) -> list[Path]:
     """The folders of a run's checkpoints, the newest first; CheckpointError where ranks do not see the same newest."""
-    first, *others = gather_objects(together(lambda: [path.name for path in steps(root)], world), world)
+
+    def seen() -> list[str]:
+        with storage.explained(root):
+            return [path.name for path in steps(root)]
+
+    first, *others = gather_objects(together(seen, world), world)
     for rank, other in enumerate(others, 1):
         if other[:1] != first[:1]:
             raise on_all_ranks(

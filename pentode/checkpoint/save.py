@@ -254,6 +254,8 @@ def _name_latest(root: Path, step: int) -> None:
         storage.write(temporary, [f"{step}\n".encode()])
         storage.rename(temporary, root / "latest.txt")
     except OSError as error:
+        with suppress(OSError):
+            storage.remove(temporary)
         log.warning(f"{root / 'latest.txt'}: could not be written ({error}); the checkpoint itself is there")
 
 
