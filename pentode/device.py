@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,24 +108,44 @@ def reads(device: torch.device, index: int) -> bool:
     return torch.cuda.can_device_access_peer(device, index)
 
 
+class Moment:
+    """When a device has done what it was given so far; a CPU has at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._reached = torch.Event(device, enable_timing=True) if is_gpu(device) else time.perf_counter()
+        if isinstance(self._reached, torch.Event):
+            self._reached.record()
+
+    def wait(self) -> None:
+        """Return when the device has come so far."""
+        if isinstance(self._reached, torch.Event):
+            self._reached.synchronize()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """The time between two moments of one device, both of which must have been waited for."""
+        here, there = self._reached, earlier._reached
+        if isinstance(here, torch.Event) and isinstance(there, torch.Event):
+            return there.elapsed_time(here) / 1000
+        assert isinstance(here, float), "moments of two devices"
+        assert isinstance(there, float), "moments of two devices"
+        return here - there
+
+
 class Fetched:
     """Numbers on their way from a device to the host."""
 
-    def __init__(self, numbers: torch.Tensor, arrived: torch.Event | None) -> None:
-        self._numbers, self._arrived = numbers, arrived
+    def __init__(self, numbers: torch.Tensor, arrived: Moment) -> None:
+        self._numbers, self.arrived = numbers, arrived
 
     def wait(self) -> list[float]:
         """The numbers, when they are there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.arrived.wait()
         return self._numbers.tolist()
 
 
 def fetch(numbers: torch.Tensor) -> Fetched:
     """Begin to bring a few numbers to the host, as they are when the device has done what it was given so far."""
-    if not is_gpu(numbers.device):
-        return Fetched(numbers, None)
-    return Fetched(numbers.to("cpu", non_blocking=True), current_stream(numbers.device).record_event())
+    return Fetched(numbers.to("cpu", non_blocking=True), Moment(numbers.device))
 
 
 class Lane:

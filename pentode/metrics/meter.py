@@ -2,10 +2,12 @@
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
 from pentode.metrics.record import Record
 
@@ -31,18 +33,25 @@ class Work:
         )
 
 
+class Moment(Protocol):
+    """A moment in the work of a device."""
+
+    def seconds_since(self, earlier: Self) -> float: ...
+
+
 class Meter:
     """A clock over steps, which makes speeds of the work done.
 
     peak_flops  of one device (see peak_flops.py); None means that no MFU is given
 
-    A step's time is the wall time since the record before it (or `start`), less what ran inside `outside()`:
-    evaluation, checkpoints, sampling. The caller reads the loss from the device before it asks for a record, so that
-    the time is that of the work and not of its launch.
+    A step's time is that from the end of the step before it (or `start`) to its own, as the device saw them, less what
+    ran inside `outside()` between: evaluation, checkpoints, sampling. When records are written does not matter: a host
+    that is behind its device writes all of them late, but the last.
     """
 
     def __init__(
         self,
+        began: Moment,
         *,
         global_batch_size: int,
         world_size: int,
@@ -53,11 +62,17 @@ class Meter:
         self.world_size = world_size
         self.peak_flops = peak_flops
         self._clock = clock
-        self._since = clock()
+        self._ended: deque[tuple[Moment, float]] = deque()  # of the steps without a record: when, and seconds outside
+        self.start(began)
 
-    def start(self) -> None:
-        """Forget the time so far: the next step begins now."""
-        self._since = self._clock()
+    def start(self, began: Moment) -> None:
+        """Forget the time so far: the next step begins then."""
+        self._began, self._outside = began, 0.0
+
+    def step_ended(self, at: Moment) -> None:
+        """A step has been given to the device, and ends then."""
+        self._ended.append((at, self._outside))
+        self._outside = 0.0
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -66,7 +81,7 @@ class Meter:
         try:
             yield
         finally:
-            self._since += self._clock() - entered
+            self._outside += self._clock() - entered
 
     def record(
         self,
@@ -83,15 +98,13 @@ class Meter:
         disk: Path | None = None,
         steps: int = 1,
     ) -> Record:
-        """The record of `step`, and the start of the next step's time.
+        """The record of `step`, whose end the caller has waited for.
 
-        `steps`, `work`: how many ran since the last record, and all that they did; the time given is a step's mean.
+        `steps`, `work`: how many ended since the last record, and all that they did; the time given is a step's mean.
         `disk`: a folder on the disk to look at; given at the steps whose line shall show memory (Nanotron: the first
         four, and after a checkpoint).
         """
-        now = self._clock()
-        seconds = max(now - self._since, 1e-9)  # a clock may tick coarsely; nothing divides by zero
-        self._since = now
+        seconds = max(self._seconds(steps), 1e-9)  # a clock may tick coarsely; nothing divides by zero
         tera_seconds = seconds * self.world_size * 1e12
         total, used, free = shutil.disk_usage(disk) if disk else (None, None, None)
         return Record(
@@ -116,6 +129,14 @@ class Meter:
             hd_free_memory_tb=free,
             wall_time=time.time(),
         )
+
+    def _seconds(self, steps: int) -> float:
+        """What the next steps without a record took; they have one now."""
+        began, outside = self._began, 0.0
+        for _ in range(steps):
+            self._began, before = self._ended.popleft()
+            outside += before
+        return self._began.seconds_since(began) - outside
 
     def _utilisation(self, flops: float, seconds: float) -> float | None:
         if self.peak_flops is None:

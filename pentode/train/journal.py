@@ -39,6 +39,7 @@ class Journal:
         self.done: list[Done] = []
         self.show_disk = True
         self.meter = Meter(
+            devices.Moment(run.device),
             global_batch_size=run.config.global_batch_size,
             world_size=run.world.size,
             peak_flops=peak_flops(devices.name(run.device)),
@@ -52,6 +53,7 @@ class Journal:
         """Keep a step until its record is written; those that were wanted before it are now."""
         self.done.append(done)
         self._numbers.append(devices.fetch(done.result.numbers))
+        self.meter.step_ended(self._numbers[-1].arrived)
         if self._wanted:
             self._flush(self._wanted)
 

@@ -75,7 +75,7 @@ def _train(
 
     if checkpoints.save_initial_state and state.step == 0:
         save()
-    journal.meter.start()
+    journal.meter.start(devices.Moment(run.device))
     while state.step < last:
         due = records_are_due(run, state.step)
         asked, trouble = stop.asked_anywhere(run.mesh.world, step=state.step, now=due, trouble=saver.failed)

@@ -1,6 +1,7 @@
 """Records of steps: their speed is that of the stage they belong to, and a bad step hides no good one."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from pentode import device as devices
 from pentode.cli import run_command
 from pentode.data.stages import plan_stages, stage_at
+from pentode.device import Fetched
 from pentode.errors import NonFiniteError
 from pentode.metrics.record import Record
 from pentode.metrics.sinks import Sinks
@@ -32,6 +34,18 @@ class Keeper:
         self.records.append(record)
 
     def close(self, status: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class At:
+    """A moment in the work of a device, in seconds."""
+
+    seconds: float
+
+    def wait(self) -> None: ...
+
+    def seconds_since(self, earlier: "At") -> float:
+        return self.seconds - earlier.seconds
 
 
 def two_stages(folder: Path) -> list[dict[str, Any]]:
@@ -98,10 +112,11 @@ def test_blocks_that_run_twice_are_the_hardwares_work_alone(tmp_path: Path, reco
 
 def test_a_gpus_memory_is_looked_at_once_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, records = a_journal(tmp_path)
+    journal.meter.start(At(0.0))
     now, seen = [100.0], iter(range(1, 10))
     monkeypatch.setattr(journals, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(journals.devices, "is_gpu", lambda device: True)
-    monkeypatch.setattr(journals.devices, "fetch", lambda numbers: SimpleNamespace(wait=numbers.tolist))
+    monkeypatch.setattr(journals.devices, "fetch", lambda numbers: Fetched(numbers, At(0.0)))
     monkeypatch.setattr(journals.devices, "memory", lambda device: journals.devices.Memory(next(seen), 0, 0))
     for step in range(1, 5):
         journal.add(a_step(step))
@@ -175,6 +190,19 @@ def test_what_is_wanted_of_a_device_beside_the_host_is_written_under_the_next_st
     journal.flush()
     journal.flush()
     assert [r.step for r in records] == [1, 2, 3, 4, 5]
+
+
+def test_all_steps_of_a_device_beside_the_host_have_its_time_the_last_too(tmp_path: Path, beside: None) -> None:
+    """The last record is written when its step is done, those before it under the next step, when that was given."""
+    journal, records = a_journal(tmp_path)
+    journal.meter.start(At(0.0))
+    ends = iter((1.0, 2.0, 3.0))
+    journals.devices.fetch = lambda numbers: Fetched(numbers, At(next(ends)))
+    for step in (1, 2, 3):
+        journal.add(a_step(step))
+        journal.want()
+    journal.flush()
+    assert [record.elapsed_time_per_iteration_ms for record in records] == pytest.approx([1000, 1000, 1000])
 
 
 def test_what_is_wanted_of_the_host_itself_is_written_at_once(tmp_path: Path) -> None:

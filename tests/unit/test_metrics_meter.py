@@ -1,7 +1,7 @@
 """Speed from time: what counts as a step's time, and what the work is divided by."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,19 @@ class Clock:
         return self.now
 
 
+@dataclass(frozen=True)
+class At:
+    """A moment in the work of a device that keeps the time of the clock."""
+
+    seconds: float
+
+    def seconds_since(self, earlier: "At") -> float:
+        return self.seconds - earlier.seconds
+
+
 def a_meter(clock: Clock, *, peak: float | None = None) -> Meter:
     return Meter(
+        At(clock.now),
         global_batch_size=8,
         world_size=4,
         peak_flops=peak,
@@ -33,6 +44,7 @@ def test_speed_is_work_over_time_over_devices() -> None:
     clock = Clock()
     meter = a_meter(clock, peak=10e12)
     clock.now += 0.5
+    meter.step_ended(At(clock.now))
     record = meter.record(1, work=STEP, consumed_tokens=1024, lm_loss=5.0, lr=1e-3)
     assert record.elapsed_time_per_iteration_ms == pytest.approx(500)
     assert record.tokens_per_sec == pytest.approx(2048)
@@ -41,6 +53,7 @@ def test_speed_is_work_over_time_over_devices() -> None:
     assert record.mfu == pytest.approx(0.2)
     assert record.mfu_causal == pytest.approx(0.15)
     clock.now += 0.5
+    meter.step_ended(At(clock.now))
     record = meter.record(2, work=replace(STEP, recomputed=STEP.flops / 4), consumed_tokens=1024, lm_loss=5.0, lr=1e-3)
     assert record.model_tflops_per_gpu == pytest.approx(2.0)
     assert record.hardware_tflops_per_gpu == pytest.approx(2.5)
@@ -56,6 +69,7 @@ def test_evaluation_and_checkpoints_belong_to_no_step() -> None:
         clock.now += 30
         raise KeyError
     clock.now += 1
+    meter.step_ended(At(clock.now))
     record = meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
     assert record.elapsed_time_per_iteration_ms == pytest.approx(2000)
 
@@ -64,11 +78,14 @@ def test_each_record_begins_the_next_steps_time() -> None:
     clock = Clock()
     meter = a_meter(clock)
     clock.now += 5
-    meter.start()
+    meter.start(At(clock.now))
     clock.now += 1
+    meter.step_ended(At(clock.now))
     record = meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
     assert record.elapsed_time_per_iteration_ms == pytest.approx(1000)
-    clock.now += 6
+    for _ in range(3):
+        clock.now += 2
+        meter.step_ended(At(clock.now))
     longer = Work(tokens=2048, flops=8e12, causal_flops=6e12)
     several = meter.record(4, work=STEP + longer + longer, consumed_tokens=1, lm_loss=5.0, lr=1e-3, steps=3)
     assert several.elapsed_time_per_iteration_ms == pytest.approx(2000)
@@ -76,17 +93,42 @@ def test_each_record_begins_the_next_steps_time() -> None:
     assert several.model_tflops_per_gpu == pytest.approx((4 + 8 + 8) / 6 / 4)
 
 
+def test_time_outside_belongs_to_no_step_though_the_record_before_it_is_written_after_it() -> None:
+    clock = Clock()
+    meter = a_meter(clock)
+    for _ in range(2):
+        clock.now += 2
+        meter.step_ended(At(clock.now))
+    with meter.outside():
+        clock.now += 30
+    clock.now += 2
+    meter.step_ended(At(clock.now))
+    clock.now += 30  # whenever records are written
+    for step in (1, 2, 3):
+        record = meter.record(step, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
+        assert record.elapsed_time_per_iteration_ms == pytest.approx(2000)
+
+
 def test_a_clock_that_stands_still_breaks_nothing() -> None:
-    assert a_meter(Clock()).record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3).tokens_per_sec is not None
+    clock = Clock()
+    meter = a_meter(clock)
+    meter.step_ended(At(clock.now))
+    assert meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3).tokens_per_sec is not None
 
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
-    record = a_meter(Clock()).record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
+    clock = Clock()
+    meter = a_meter(clock)
+    meter.step_ended(At(clock.now))
+    record = meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3)
     assert record.mfu is record.mfu_causal is None
 
 
 def test_the_disk_is_looked_at_only_when_asked(tmp_path: Path) -> None:
-    meter = a_meter(Clock())
+    clock = Clock()
+    meter = a_meter(clock)
+    for _ in range(2):
+        meter.step_ended(At(clock.now))
     assert meter.record(1, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3).hd_total_memory_tb is None
     record = meter.record(2, work=STEP, consumed_tokens=1, lm_loss=5.0, lr=1e-3, disk=tmp_path)
     assert record.hd_total_memory_tb is not None
