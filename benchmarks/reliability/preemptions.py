@@ -52,7 +52,8 @@ def case(prepared: Path, folder: Path, number: int, draw: Random) -> Outcome:
     waiting = [rank for rank in range(len(run.pids)) if rank not in run.codes]
     run.close()
     left = to == "one rank" and tiny_run.last_row(root) == 0  # by a rank that others would have met at the start
-    problem = "" if over else _wrong(run, root, asked, hit if left else list(run.codes), waiting, twice=twice)
+    judged = [rank for rank in run.codes if rank in hit or rank not in waiting] if left else list(run.codes)
+    problem = "" if over else _wrong(run, root, asked, judged, waiting, twice=twice)
     if not problem and to in ("one rank", "all ranks") and tiny_run.last_row(root) > row + SOON:
         problem = f"asked after step {row}, it went on to step {tiny_run.last_row(root)}"
     kind = "was over before" if over else "stopped before a step" if left else f"stopped by {asked.name}"

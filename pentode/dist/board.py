@@ -50,14 +50,22 @@ class Board:
         return json.loads(self._store.get(f"{turn}"), object_hook=_decode)
 
     def _wait(self, keys: list[str]) -> None:
-        """Return when the keys are there. Asks again and again: waiting in the store would keep others from it."""
-        pause, end = SHORTEST, time.monotonic() + PATIENCE
-        while not self._store.check(keys):
-            if self._cancelled.wait(pause):
-                raise Cancelled
-            if time.monotonic() > end:
-                raise RankError(f"saving: another rank has not written its part of the checkpoint in {PATIENCE:.0f} s")
-            pause = min(2 * pause, LONGEST)
+        late = f"saving: another rank has not written its part of the checkpoint in {PATIENCE:.0f} s"
+        wait_for(self._store, keys, late=late, cancelled=self._cancelled)
+
+
+def wait_for(store: dist.Store, keys: list[str], *, late: str, cancelled: threading.Event) -> None:
+    """Return when the keys are there; a RankError says `late` if they do not come.
+
+    Asks again and again: waiting in the store would keep other threads from it, and this one from hearing signals.
+    """
+    pause, end = SHORTEST, time.monotonic() + PATIENCE
+    while not store.check(keys):
+        if cancelled.wait(pause):
+            raise Cancelled
+        if time.monotonic() > end:
+            raise RankError(late)
+        pause = min(2 * pause, LONGEST)
 
 
 def _encode(value: object) -> dict[str, object]:

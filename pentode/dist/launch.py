@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pentode.dist import symmetric
+from pentode.dist.board import wait_for
 from pentode.dist.together import ranks_in_words, tell_once
 from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted, on_all_ranks
 
@@ -145,7 +147,9 @@ def refuse(problems: Sequence[str], here: World, *, store: dist.Store | None) ->
         return
     store.set(f"problems of {here.rank}", json.dumps(list(problems)))
     if here.rank == 0:  # reads them for all: a thousand ranks would ask a million times
-        ranks = [json.loads(store.get(f"problems of {rank}")) for rank in range(here.size)]
+        own = [f"problems of {rank}" for rank in range(here.size)]
+        _wait(store, own)
+        ranks = [json.loads(store.get(key)) for key in own]
         holders: dict[str, list[int]] = {}
         for rank, problem in ((rank, problem) for rank, own in enumerate(ranks) for problem in own):
             holders.setdefault(problem, []).append(rank)
@@ -154,6 +158,7 @@ def refuse(problems: Sequence[str], here: World, *, store: dist.Store | None) ->
             for problem, numbers in holders.items()
         ]
         store.set("problems", json.dumps(told))
+    _wait(store, ["problems"])
     found = json.loads(store.get("problems"))
     if found:
         error = on_all_ranks(ConfigError(found))
@@ -179,10 +184,15 @@ def _wait_for_all(here: World, store: dist.Store) -> None:
     """Return when all ranks have come here; on the first one, which may hold the store, when all others know it."""
     if here.rank == 0:
         store.set("leave", "")
-        store.wait([f"{rank} leaves" for rank in range(1, here.size)])
+        _wait(store, [f"{rank} leaves" for rank in range(1, here.size)])
     else:
-        store.wait(["leave"])
+        _wait(store, ["leave"])
         store.set(f"{here.rank} leaves", "")
+
+
+def _wait(store: dist.Store, keys: list[str]) -> None:
+    late = f"launch: another rank has not come in {TIMEOUT.total_seconds():.0f} s; see what that one, or its host, says"
+    wait_for(store, keys, late=late, cancelled=threading.Event())
 
 
 def disconnect() -> None:

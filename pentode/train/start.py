@@ -5,6 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from pprint import pformat
 
+import torch
+from torch.distributed import Store
+
 from pentode import device as devices
 from pentode import log
 from pentode.checkpoint import storage
@@ -16,6 +19,7 @@ from pentode.config.check import problems
 from pentode.config.schema import Config, expand_run_name
 from pentode.dist import launch
 from pentode.dist.collectives import wait_for_all
+from pentode.dist.leaving import heard_by_others
 from pentode.dist.mesh import coordinates, everyone
 from pentode.dist.together import on_first, tell_once, together
 from pentode.errors import CheckpointError, ConfigError, Interrupted, PentodeError, Preempted, on_all_ranks
@@ -54,6 +58,33 @@ def start(
     """
     here = launch.world()
     store = launch.meet(here)
+    with ExitStack() as joined:
+        joined.callback(launch.disconnect)
+        joined.enter_context(heard_by_others(store, rank=here.rank))
+        device = _join(config, here, store)
+        root, world = config.checkpoints.folder, everyone()
+        try:
+            check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
+            with ExitStack() as held:
+                on_first(lambda: held.enter_context(locked(root)), world)
+                stop = held.enter_context(StopSignal(device, grace_s=config.checkpoints.grace_s))
+                copies = held.enter_context(Copies(Place.of(config), root, world, hf_to_come=hf_to_come))
+                copies.begin(fresh=fresh)
+                if fresh:
+                    on_first(lambda: remove_run(root), world)
+                together(lambda: _log_to_file(root, here), world)
+                for note in notes:
+                    log.warning(note)
+                sent = [*published, lambda _: copies.after_save()]
+                _train_in(root, config, here, stop, copies, after_save, sent, at_end)
+        except PentodeError as error:
+            if error.everywhere and here.size > 1:
+                tell_once(error, rank=here.rank, wait_for_all=wait_for_all)
+            raise
+
+
+def _join(config: Config, here: launch.World, store: Store | None) -> torch.device:
+    """Join the run's other processes if none of them has a reason not to; the device of this one."""
     found = problems(config, world_size=here.size)
     found += devices.problems(config.general.device, local_rank=here.local_rank, float8=config.model.float8)
     launch.refuse(found, here, store=store)
@@ -69,27 +100,7 @@ def start(
         replica_level=config.logging.log_level_replica,
     )
     launch.connect(here, backend=devices.backend(device), device=device, store=store)
-    root, world = config.checkpoints.folder, everyone()
-    try:
-        check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
-        with ExitStack() as held:
-            on_first(lambda: held.enter_context(locked(root)), world)
-            stop = held.enter_context(StopSignal(device, grace_s=config.checkpoints.grace_s))
-            copies = held.enter_context(Copies(Place.of(config), root, world, hf_to_come=hf_to_come))
-            copies.begin(fresh=fresh)
-            if fresh:
-                on_first(lambda: remove_run(root), world)
-            together(lambda: _log_to_file(root, here), world)
-            for note in notes:
-                log.warning(note)
-            sent = [*published, lambda _: copies.after_save()]
-            _train_in(root, config, here, stop, copies, after_save, sent, at_end)
-    except PentodeError as error:
-        if error.everywhere and here.size > 1:
-            tell_once(error, rank=here.rank, wait_for_all=wait_for_all)
-        raise
-    finally:
-        launch.disconnect()
+    return device
 
 
 def _log_to_file(root: Path, here: launch.World) -> None:
