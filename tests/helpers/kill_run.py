@@ -6,7 +6,7 @@ Whoever starts it may kill it. Nothing here sleeps.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +23,16 @@ def pentode(*arguments: str) -> None:
     from pentode.cli import main
 
     main(list(arguments))
+
+
+def task(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, *, stderr: Path) -> None:
+    """`python -m pentode`, with this environment, in this folder; what it prints goes nowhere, and its errors there."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for file, descriptor in ((os.devnull, 1), (stderr, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), descriptor)
+    pentode(*arguments)
 
 
 @dataclass

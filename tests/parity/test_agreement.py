@@ -1,8 +1,6 @@
 """Ranks that were not started alike all refuse, with one line that says who differs and how."""
 
-import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from pentode.checkpoint.lock import locked
+from pentode.cli import run_command
 from pentode.config.load import config_from_dict
 from pentode.dist.mesh import Axis
 from pentode.errors import ConfigError
 from pentode.run import agree
 from pentode.run.agree import check_agreement
 from tests.helpers.config import outcome, small
+from tests.helpers.slurm import environments, forked_for_slurm
 from tests.helpers.source import ROOT
 from tests.helpers.tiny import rows, tiny_yaml
 from tests.helpers.world import WORLD
@@ -128,27 +128,18 @@ def test_ranks_are_named_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(*range(8)) == "0 on rank 0, 1 on rank 1, 2 on rank 2, and 5 more values"
 
 
-def started_by_slurm(file: Path, *words: Sequence[str], folders: Sequence[Path] = ()) -> tuple[list[int], str]:
-    """`pentode train` with the words of each rank, as srun starts them: exit codes, and all that was said on stderr.
-
-    Each rank works in its folder of `folders`, or all of them at the root.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    usual = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-    step = {"SLURM_STEP_NUM_TASKS": str(len(words)), "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
-    usual["CUDA_VISIBLE_DEVICES"] = ""  # one of the cases needs a host without a GPU
+def started_by_slurm(file: Path, *words: Sequence[str]) -> tuple[list[int], str]:
+    """`pentode train` with the words of each rank, as srun starts them: exit codes, and all that was said on stderr."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "pentode", "train", str(file), *own],
-            env=usual | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "PYTHONPATH": str(ROOT)},
-            cwd=folders[rank] if folders else ROOT,
+            env=environment,
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, own in enumerate(words)
+        for own, environment in zip(words, environments(len(words)), strict=True)
     ]
     try:
         told = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
@@ -199,7 +190,8 @@ def test_processes_that_differ_end_with_64_before_step_1(
     words: tuple[list[str], ...], told: str, tmp_path: Path
 ) -> None:
     file = tiny_yaml(tmp_path)
-    codes, text = started_by_slurm(file, *((*TWO, *own, "--fresh") for own in words))
+    start = started_by_slurm if "general.device=cuda" in words[1] else forked_for_slurm  # which have seen the GPUs
+    codes, text = start(file, *((*TWO, *own, "--fresh") for own in words))
     assert codes == [64, 64]
     assert text.startswith(told)
     assert text.count(told) == 1
@@ -207,15 +199,16 @@ def test_processes_that_differ_end_with_64_before_step_1(
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_that_see_other_checkpoints_end_with_66(tmp_path: Path) -> None:
+def test_ranks_that_see_other_checkpoints_end_with_66(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny_yaml(tmp_path)
     folders = [tmp_path / "host", tmp_path / "other_host"]
     for folder in folders:
         folder.mkdir()
     here = "checkpoints.checkpoints_path=here"
     alone = ["train", str(file), here, "tokens.train_steps=1", "tokens.val_check_interval=-1"]
-    subprocess.run([sys.executable, "-m", "pentode", *alone], cwd=folders[0], check=True, stdout=subprocess.DEVNULL)
-    codes, text = started_by_slurm(file, (*TWO, here), (*TWO, here), folders=folders)
+    monkeypatch.chdir(folders[0])
+    assert run_command(alone) == 0
+    codes, text = forked_for_slurm(file, (*TWO, here), (*TWO, here), folders=folders)
     assert codes == [66, 66]
     assert text.startswith(
         "pentode: here: rank 0 found step 1 to go on from, rank 1 no checkpoint; checkpoints must be in"
@@ -226,7 +219,7 @@ def test_ranks_that_see_other_checkpoints_end_with_66(tmp_path: Path) -> None:
 def test_a_text_that_one_rank_does_not_see_ends_all_with_65(tmp_path: Path) -> None:
     file = tiny_yaml(tmp_path, data_stages__0__data__dataset={"text_file": "text.txt"})
     (tmp_path / "elsewhere").mkdir()
-    codes, text = started_by_slurm(file, TWO, TWO, folders=[tmp_path, tmp_path / "elsewhere"])
+    codes, text = forked_for_slurm(file, TWO, TWO, folders=[tmp_path, tmp_path / "elsewhere"])
     assert codes == [65, 65]
     assert text == "pentode: rank 1: text.txt: cannot be read: No such file or directory; name a readable file\n"
 
@@ -234,7 +227,7 @@ def test_a_text_that_one_rank_does_not_see_ends_all_with_65(tmp_path: Path) -> N
 def test_a_folder_where_another_trains_ends_all_with_74(tmp_path: Path) -> None:
     file = tiny_yaml(tmp_path)
     with locked(tmp_path / "run"):
-        codes, text = started_by_slurm(file, TWO, TWO)
+        codes, text = forked_for_slurm(file, TWO, TWO)
     assert codes == [74, 74]
     assert text.startswith(f"pentode: {tmp_path / 'run'}: another process trains here; stop it, or use another")
     assert text.count("\n") == 1

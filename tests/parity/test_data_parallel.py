@@ -72,7 +72,11 @@ def test_a_signal_to_the_launcher_saves_and_exits_75(tmp_path: Path) -> None:
     assert (run / str(last) / "manifest.json").exists()
 
 
-def test_a_wrong_number_of_processes_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_a_wrong_number_of_processes_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentode.dist.launch.start_local", lambda *_: pytest.fail("processes were started"))
     file = str(tiny_yaml(tmp_path))
-    assert train(file, "parallelism.dp=3", "--nproc", "2") == 64
-    assert train(file, "parallelism.dp=2") == 64
+    assert run_command(["train", file, "parallelism.dp=3", "--nproc", "2"]) == 64
+    assert run_command(["train", file, "parallelism.dp=2"]) == 64
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from pentode.generate.engine import Speaker, generate
 from pentode.generate.sampling import Sampling
 from pentode.train.step import train_step
 from tests.helpers.cases import VOCABULARY, Case, Problem, batches_of, run_of
+from tests.helpers.slurm import forked_for_slurm
 from tests.helpers.source import ROOT
 from tests.helpers.tiny import tiny_yaml
 from tests.helpers.world import WORLD
@@ -130,7 +131,6 @@ LLAMA_SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-SHAPES: dict[str, dict[str, Any]] = {"llama": {"model__model_config": LLAMA_SHAPE}, "gpt2": {}}
 ALONE = ["parallelism.tp=1", "parallelism.pp=1"]
 
 
@@ -141,11 +141,11 @@ def command(*words: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of four processes, beside a run of it by one."""
-    folder = tmp_path_factory.mktemp(request.param)
-    changes = SHAPES[request.param] | {"tokens__train_steps": 8, "tokens__val_check_interval": -1}
+    folder = tmp_path_factory.mktemp("llama")
+    changes = {"model__model_config": LLAMA_SHAPE, "tokens__train_steps": 8, "tokens__val_check_interval": -1}
     layout = {"parallelism__tp": 2, "parallelism__pp": 2, "parallelism__tp_mode": "REDUCE_SCATTER"}
     file = tiny_yaml(folder, model__dtype="float64", **changes, **layout)
     assert run_command(["train", str(file), *ALONE, f"checkpoints.checkpoints_path={folder / 'one'}"]) == 0
@@ -161,7 +161,6 @@ def test_two_processes_write_the_text_of_a_checkpoint_of_one(file: Path, capsys:
     assert command("-m", "pentode", *asked, "--max-new-tokens=40", "--tp", "2", "--pp", "1") == text
 
 
-@pytest.mark.parametrize("file", ["llama"], indirect=True)
 def test_a_reader_who_has_seen_enough_ends_all_processes_in_peace(file: Path) -> None:
     words = ["generate", str(file.parent / "one"), "--tp=2", *["--prompt=the "] * 3]
     with subprocess.Popen(
@@ -179,18 +178,17 @@ def test_a_reader_who_has_seen_enough_ends_all_processes_in_peace(file: Path) ->
 def four(file: Path) -> Path:
     """The run of four processes."""
     run = file.parent / "four"
-    command("-m", "pentode", "train", str(file), f"checkpoints.checkpoints_path={run}", "--nproc", "4")
+    codes, said = forked_for_slurm(file, *[[f"checkpoints.checkpoints_path={run}"]] * 4)
+    assert codes == [0] * 4, said
     return run
 
 
-@pytest.mark.parametrize("file", ["llama"], indirect=True)
 def test_a_run_of_four_processes_ends_with_the_sample_of_one(file: Path, four: Path) -> None:
     sample = (four / "sample.txt").read_text()
     assert len(sample) > 400
     assert sample == (file.parent / "one" / "sample.txt").read_text()
 
 
-@pytest.mark.parametrize("file", ["llama"], indirect=True)
 def test_run_generate_under_torchrun_writes_as_one_process_does(
     file: Path, four: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
