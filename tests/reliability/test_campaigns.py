@@ -11,17 +11,17 @@ from benchmarks.reliability.campaigns import CAMPAIGNS
 multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
 
 SHORT = {  # cases, and cases of a pentode that is broken on purpose
-    "kills": (4, 2),
-    "crash-points": (8, 2),
+    "kills": (3, 2),
+    "crash-points": (6, 2),
     "crash-points-strace": (2, 0),
     "power-loss": (300, 0),
     "power-loss-controls": (None, 0),
     "sync-order": (1, 0),
-    "damages": (40, 6),
-    "io-errors": (10, 2),
+    "damages": (24, 6),
+    "io-errors": (8, 2),
     "io-errors-strace": (2, 0),
     "full-disk": (2, 0),
-    "preemptions": (5, 3),
+    "preemptions": (4, 3),
 }
 SEED = 1  # another than the long form's
 
