@@ -65,7 +65,9 @@ def cube(problem: Problem, **changes: object) -> Case:
 
 NAMED = {
     "accumulation alone": [Case(LLAMA, micro_batches=4), Case(DROPPING, micro_batches=2)],
-    "accumulation 1 and 4 in a cube": [cube(LLAMA, micro_batches=1, engine=engine) for engine in ("afab", "1f1b")],
+    "accumulation 1 and 4 in a cube": [
+        cube(deep(LLAMA, 2), micro_batches=1, engine=engine) for engine in ("afab", "1f1b")
+    ],
     "dropout": [
         Case(DROPPING, dp=2, micro_batches=2),
         Case(DROPPING, tp=2),
@@ -84,7 +86,7 @@ NAMED = {
     "padded vocabulary": [
         Case(LLAMA, tp=4, pad_vocabulary=16),
         Case(Problem(shape=(("vocab_size", 3),)), tp=4, sequence_parallel=True),  # the last rank has padding alone
-        cube(Problem(shape=TIED), pad_vocabulary=16),
+        cube(deep(Problem(shape=TIED), 2), pad_vocabulary=16),
     ],
     "fewer key/value heads than tp": [
         Case(Problem(shape=FEW_HEADS), tp=4),
@@ -116,12 +118,14 @@ NAMED = {
         Case(Problem(samples=6), pp=4, engine="1f1b", micro_batches=2),
         cube(Problem(samples=6), micro_batches=3),
     ],
-    "clipping active and inactive": [cube(Problem(clip_grad=bound, shape=TIED)) for bound in (None, 0.01, 1e6)],
+    "clipping active and inactive": [
+        cube(deep(Problem(clip_grad=bound, shape=TIED), 2)) for bound in (None, 0.01, 1e6)
+    ],
     "two weight-decay groups": [
         cube(Problem(exclude=(r".*norm.*", r"embed\..*"), shape=TIED)),
         Case(Problem(model="gpt2", exclude=(".*bias", ".*norm.*")), pp=4, dp=2, micro_batches=2, zero=1),
     ],
-    "another optimizer": [cube(Problem(optimizer="sgd"))],
+    "another optimizer": [cube(deep(Problem(optimizer="sgd"), 2))],
     "many small buckets": [
         cube(LLAMA, small_buckets=True),
         cube(Problem(model="gpt2"), small_buckets=True, engine="interleaved", zero=0),
@@ -137,13 +141,13 @@ NAMED = {
     ],
     "inputs kept whole": [
         Case(LLAMA, tp=4, sequence_parallel=True, gather_again=False),
-        cube(GPT2, gather_again=False),
+        cube(deep(GPT2, 2), gather_again=False),
     ],
     "chosen operations computed again": [
         Case(LLAMA, recompute="selective", micro_batches=2),
         Case(LLAMA, tp=4, sequence_parallel=True, recompute="selective"),
         Case(DROPPING, tp=2, recompute="selective"),
-        cube(LLAMA, recompute="selective"),
+        cube(deep(LLAMA, 2), recompute="selective"),
         cube(DROPPING, recompute="selective", engine="afab", zero=0),
     ],
     "traced and partitioned": [
