@@ -95,6 +95,8 @@ def _wrong(run: Ranks, root: Path, asked: signal.Signals, judged: list[int], wai
         return ""
     row, step = tiny_run.last_row(root), max(0, tiny_run.last_step(root))
     for rank in judged:
+        if run.codes[rank] == -asked and not (root / "logs" / f"rank-{rank}.log").exists():
+            continue  # the signal came before Pentode, which is the system's to answer
         if run.codes[rank] != CODES[asked] and not (run.codes[rank] == 0 and step == STEPS):
             return f"exit code {run.codes[rank]}, not {CODES[asked]}\n{tiny_run.tail(root)}"
     return f"it stopped after step {row}, and saved step {step}" if row != step else ""
