@@ -32,9 +32,9 @@ def prune(root: Path, newest: int, *, keep_last: int, keep_every: int | None, sp
         except DamagedError as error:
             log.warning(f"{error.what}; no older checkpoint is removed")
             return
-        complete = [int(folder.name) for folder in steps(root) if _is_complete(folder)]
-        old = [step for step in complete if step <= newest]
-        for step in to_remove(old, keep_last=keep_last, keep_every=keep_every):
+        older = [folder for folder in steps(root) if int(folder.name) < newest]
+        complete = [newest, *(int(folder.name) for folder in older if _is_complete(folder))]
+        for step in to_remove(complete, keep_last=keep_last, keep_every=keep_every):
             if step in spared:
                 continue
             trash = root / f".trash-{step}-{secrets.token_hex(4)}"

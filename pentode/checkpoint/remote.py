@@ -34,6 +34,7 @@ from pentode.errors import CheckpointError, StorageError
 TRANSFERS = 8  # at a time, of all files
 PARTS = 4  # of these, of one file
 TRIES = 3  # to send a file, each time followed by reading it back
+LEAVING = "leaving.json"  # in a step that is being removed
 HF_CONFIG = "config.json"  # of a Hugging Face folder, which nobody loads without
 LIMIT = 300.0  # seconds for which the calls of one piece of work may fail
 RUN_FILES = ("metrics.jsonl", "report.html", "loss.png", "sample.txt")  # sent beside the checkpoints, for people
@@ -134,6 +135,7 @@ class Remote:
             return True
         listed = {f"{step}/{name}" for name in (*local.manifest.files, MANIFEST)}
         self.objects.remove(patience, sorted(name for name in there if name not in listed and _is_ours(name)))
+        self._remove_hf(step, patience)  # of another checkpoint of this step
         self.objects.write(patience, manifest, data)
         if not self._is(patience, manifest, facts_of(data)):
             raise StorageError(f"{self.url}/{manifest}: what comes back is not what was sent; check the store")
@@ -185,14 +187,22 @@ class Remote:
             data = b"".join(self.objects.read(patience, name, min(found.size, MANIFEST_LIMIT)))
             self.objects.write(patience, f"{step}/bad-{secrets.token_hex(4)}-{MANIFEST}", data)
             self.objects.remove(patience, [name])
+            self._remove_hf(step, patience)
 
-    def prune(self, newest: int, patience: Patience, *, keep_last: int, keep_every: int | None) -> None:
-        """Remove checkpoints that need not stay, as `keep.prune` does: `newest` has just been read back."""
+    def prune(self, patience: Patience, *, keep_last: int, keep_every: int | None) -> None:
+        """Remove checkpoints that need not stay; all that have a manifest were read back before it was written.
+
+        What goes is marked first, by an object that goes last, so that a prune which is broken off is finished later.
+        """
         names = self.objects.under(patience)
         steps_of = {name: _step_of(name) for name in names}
-        old = [step for name, step in steps_of.items() if name == f"{step}/{MANIFEST}" and step <= newest]
-        for step in to_remove(old, keep_last=keep_last, keep_every=keep_every):
-            self._remove(patience, [name for name in names if steps_of[name] == step])
+        complete = {step for name, step in steps_of.items() if name == f"{step}/{MANIFEST}"}
+        begun = {step for name, step in steps_of.items() if name == f"{step}/{LEAVING}"} - complete
+        for step in (*begun, *to_remove(sorted(complete), keep_last=keep_last, keep_every=keep_every)):
+            mark = f"{step}/{LEAVING}"
+            self.objects.write(patience, mark, b"{}")
+            self._remove(patience, [name for name in names if steps_of[name] == step and name != mark])
+            self.objects.remove(patience, [mark])
 
     def remove_run(self) -> None:
         """Remove all checkpoints and what is sent beside them, and nothing of anybody else."""
@@ -208,6 +218,10 @@ class Remote:
                 temporary = root / f".tmp-metrics-{secrets.token_hex(4)}"
                 storage.write(temporary, self.objects.read(patience, name, found.size))
                 storage.rename(temporary, root / name)
+
+    def has(self, step: int, patience: Patience) -> bool:
+        """Whether a checkpoint is here."""
+        return self.objects.find(patience, f"{step}/{MANIFEST}") is not None
 
     def has_hf(self, step: int, patience: Patience) -> bool:
         """Whether a checkpoint's Hugging Face folder is here; its config.json is the last object."""
@@ -244,10 +258,13 @@ class Remote:
         raise StorageError(f"{self.url}/{key}: sent {TRIES} times, what comes back is not that; check the store")
 
     def _remove(self, patience: Patience, names: Sequence[str]) -> None:
-        """Remove objects, manifests before the files that they name."""
-        manifests = [name for name in names if name.endswith(f"/{MANIFEST}")]
-        self.objects.remove(patience, manifests)
-        self.objects.remove(patience, [name for name in names if name not in set(manifests)])
+        """Remove objects, first those without which nobody takes the others for a checkpoint or a model."""
+        first = [name for name in names if name.endswith((f"/{MANIFEST}", f"/{HF_CONFIG}"))]
+        self.objects.remove(patience, first)
+        self.objects.remove(patience, [name for name in names if name not in set(first)])
+
+    def _remove_hf(self, step: int, patience: Patience) -> None:
+        self._remove(patience, list(filter(_is_ours, self.objects.under(patience, f"{HF_FOLDERS}/{step}/"))))
 
     def _fetch_file(self, patience: Patience, manifest: Manifest, name: str, folder: Path) -> None:
         """Write a file that the store has; a second time if the first is not what the manifest says."""

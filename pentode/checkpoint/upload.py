@@ -13,7 +13,7 @@ from pentode import log
 from pentode.checkpoint import storage
 from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.remote import Remote
-from pentode.checkpoint.retry import GivenUpError, Patience
+from pentode.checkpoint.retry import Patience
 from pentode.errors import PentodeError
 
 PLACES = 2  # checkpoints that may wait while another is sent
@@ -27,8 +27,9 @@ class Uploader:
 
     remove      remove a local checkpoint once the store's was read back and is right
     fetched     the step of a local checkpoint that has just come from the store, and need not be read back
-    hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint; it is then sent too
-    sent        called when all of a step is in the store: older ones may go
+    hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint, which stays until that
+                is in the store, too; checkpoints go first
+    sent        called when a step is in the store: older ones may go
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Uploader:
         self._waiting: list[int] = []
         self._sending: int | None = None
         self._done: set[int] = set()
+        self._folders: list[int] = []  # steps in the store whose Hugging Face folders are not
         self._patience: Patience | None = None
         self._impatient = self._closed = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock may be taken again by who holds it
         self._thread = threading.Thread(target=self._work, name="s3-upload", daemon=True)
         self._thread.start()
 
@@ -70,10 +72,13 @@ class Uploader:
             self._impatient = False
             self._collect()
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until all is sent, or what cannot be sent has failed; whether it came so far within `seconds`."""
+    def wait(self, seconds: float, *, folders: bool = False) -> bool:
+        """Wait until all checkpoints are sent, or what cannot be sent has failed; whether it came so far in `seconds`.
+
+        `folders`: Hugging Face folders, too.
+        """
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout=seconds)
+            return self._changed.wait_for(lambda: self._is_idle(folders=folders), timeout=seconds)
 
     def close(self) -> None:
         """End the thread: what is under way is given up when its request ends; the local folder stays."""
@@ -88,8 +93,18 @@ class Uploader:
     def unsent(self) -> list[int]:
         """The steps that are here and not yet in the store."""
         with self._changed:
-            sending = [] if self._sending is None else [self._sending]
+            sending = [step for step in [self._sending] if step is not None and step not in self._done]
             return sorted({*self._waiting, *sending, *self.failed})
+
+    def needed(self) -> list[int]:
+        """The steps that must stay here: those not in the store, or whose Hugging Face folder is not."""
+        with self._changed:
+            return sorted({*self.unsent(), *self._folders})
+
+    def newest_sent(self) -> int | None:
+        """The newest step that is here, or was, and in the store."""
+        with self._changed:
+            return max(self._done, default=None)
 
     def _collect(self) -> None:
         known = {*self._waiting, *self._done, self._sending}
@@ -99,28 +114,37 @@ class Uploader:
     def _has_place(self) -> bool:
         return len(self._waiting) + (self._sending is not None) <= self.places
 
-    def _is_idle(self) -> bool:
-        return not self._waiting and self._sending is None
+    def _is_idle(self, *, folders: bool) -> bool:
+        return not self._waiting and self._sending is None and not (folders and self._folders)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._folders or self._closed)
                 if self._closed:
                     return
-                step = self._sending = self._waiting.pop(0)
-                self._patience = self.remote.patience(step)
-                if self._impatient:
-                    self._patience.limit = AFTER_FAILURE
-            problem = self._problem_of_sending(step, self._patience)
-            with self._changed:
-                self._sending, self._impatient = None, problem is not None
-                self.failed.pop(step, None)
-                if problem is None:
-                    self._done.add(step)
-                else:
-                    self.failed[step] = problem
-                self._changed.notify_all()
+                step = self._sending = self._waiting.pop(0) if self._waiting else None
+            if step is None:  # folders are made by the way, and checkpoints do not wait for them
+                self._send_a_folder()
+            else:
+                self._send_a_checkpoint(step)
+
+    def _send_a_checkpoint(self, step: int) -> None:
+        patience = self._patience_for(step)
+        if self._impatient:
+            patience.limit = AFTER_FAILURE
+        problem = self._problem_of_sending(step, patience)
+        with self._changed:
+            self.failed.pop(step, None)
+            if problem is None:
+                self._done.add(step)
+            else:
+                self.failed[step] = problem
+        if problem is None:
+            self._follow(step, patience)
+        with self._changed:
+            self._sending, self._impatient = None, problem is not None
+            self._changed.notify_all()
 
     def _problem_of_sending(self, step: int, patience: Patience) -> str | None:
         """Send a checkpoint; why it could not be sent, if so. Nothing here may end a training run."""
@@ -128,49 +152,70 @@ class Uploader:
         try:
             if step != self.fetched and self.remote.upload(folder, patience, again=self.remove):
                 log.info(f"Uploaded checkpoint {step} to {patience.what} ({self.remote.clock.now() - began:.1f} s)")
-            if self.hf_to_come is not None:
-                self._send_hf(step, patience, self.hf_to_come)
-            if self.remove:
-                self._remove(folder)
+            if self.hf_to_come is not None and not self.remote.has_hf(step, patience):
+                with self._changed:
+                    self._folders.append(step)
+            elif self.remove:
+                self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not folder.exists():  # pruned while it waited, which is no problem
                 return None
-            problem = str(error) if isinstance(error, (PentodeError, OSError)) else f"{type(error).__name__}: {error}"
+            problem = _said(error)
             if not self._closed:
                 log.warning(f"{problem}; checkpoint {step} is not in the store yet and stays in {self.root}")
             return problem
-        self._follow(step, patience)
         return None
-
-    def _send_hf(self, step: int, patience: Patience, to_come: Callable[[int], bool]) -> None:
-        """Send a step's Hugging Face folder, when it is there; not one that is in the store already."""
-        if self.remote.has_hf(step, patience):
-            return
-        while to_come(step) and not self._closed:
-            with self._changed:
-                self._changed.wait(TICK)
-        if self._closed:
-            raise GivenUpError("the run ends")
-        folder = self.root / HF_FOLDERS / str(step)
-        if folder.is_dir():  # else it could not be made
-            self.remote.send_hf(folder, patience)
 
     def _follow(self, step: int, patience: Patience) -> None:
         """What follows when a step is in the store: the records are sent, older ones removed; errors are told."""
         try:
             self.remote.send_run_files(self.root, patience)
-        except (PentodeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.once(f"{error}; the report in the store is not the newest", key="run files")
+                log.once(f"{_said(error)}; the report in the store is not the newest", key="run files")
         try:
             if self.sent is not None and not self._closed:
                 self.sent(step, patience)
-        except (PentodeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.warning(f"{error}; older checkpoints could not be removed")
+                log.warning(f"{_said(error)}; older checkpoints could not be removed")
 
-    def _remove(self, folder: Path) -> None:
+    def _send_a_folder(self) -> None:
+        """Send the Hugging Face folder of a step whose is made by now; or wait a moment for that, or a checkpoint."""
+        assert self.hf_to_come is not None, "nobody makes Hugging Face folders"
+        step = next((step for step in self._folders if not self.hf_to_come(step)), None)
+        if step is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed, timeout=TICK)
+            return
+        patience, folder = self._patience_for(step), self.root / HF_FOLDERS / str(step)
+        try:
+            if folder.is_dir() and self.remote.has(step, patience):  # it could be made, and its step was not pruned
+                self.remote.send_hf(folder, patience)
+            if self.remove:
+                self._remove(step)
+        except Exception as error:  # noqa: BLE001
+            if not self._closed:
+                log.warning(f"{_said(error)}; {folder} is not in the store; the next start sends it")
+        with self._changed:
+            self._folders.remove(step)
+            self._changed.notify_all()
+
+    def _patience_for(self, step: int) -> Patience:
+        self._patience = patience = self.remote.patience(step)
+        if self._closed:  # meanwhile
+            patience.stop.set()
+        return patience
+
+    def _remove(self, step: int) -> None:
+        """Remove what is here of a step."""
         with storage.explained(self.root):
-            trash = folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}")
-            storage.rename(folder, trash)
-            storage.remove(trash)
+            for folder, name in ((self.root / str(step), f"{step}"), (self.root / HF_FOLDERS / str(step), f"hf{step}")):
+                if folder.is_dir():
+                    trash = self.root / f".trash-{name}-{secrets.token_hex(4)}"
+                    storage.rename(folder, trash)
+                    storage.remove(trash)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, (PentodeError, OSError)) else f"{type(error).__name__}: {error}"

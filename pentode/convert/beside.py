@@ -19,6 +19,7 @@ from pentode.checkpoint import storage
 from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.manifest import MANIFEST
 
+REFUSALS = 100  # such looks, after which nobody waits for a folder any more
 NICE = 19  # the lowest priority: whatever the training leaves
 CONVERT = [sys.executable, "-m", "pentode", "convert"]
 SOURCE = Path(__file__).parents[2]  # where this package is, for the process that is started
@@ -38,6 +39,7 @@ class HFFolders:
         self._child: tuple[str, subprocess.Popen[bytes], IO[bytes]] | None = None
         self._one_at_a_time = threading.Lock()  # a save may end in a thread of its own
         self._left = False
+        self._refused = 0  # looks one after the other that the disk did not allow
 
     def __enter__(self) -> "HFFolders":
         return self
@@ -63,28 +65,39 @@ class HFFolders:
     def is_to_come(self, step: int) -> bool:
         """Whether a checkpoint's folder is missing and will be made, so that its files are needed. From any thread."""
         with self._one_at_a_time:
-            missing = self._try_to_look() and str(step) not in self._failed
-            return missing and not (self.root / HF_FOLDERS / str(step)).exists()
+            self._try_to_look()
+            gone = str(step) in self._failed or self._refused >= REFUSALS
+            return not gone and not self._is_made(str(step))
 
     def finish(self) -> None:
         """Return when every checkpoint has its folder, or has failed to get one."""
         self.wake(self.root)
-        while self._child is not None:
-            step, process, _ = self._child
+        while (child := self._child) is not None:  # which another thread may collect
+            step, process, _ = child
             log.info(f"Waiting for {self.root / HF_FOLDERS / step}")
             process.wait()
             self.wake(self.root)
 
-    def _try_to_look(self) -> bool:
-        """`_look`, unless this was left (a save may end late); whether the disk allowed it."""
+    def _try_to_look(self) -> None:
+        """`_look`, unless this was left: a save may end late."""
         if self._left:
-            return False
+            return
         try:
             self._look()
+            self._refused = 0
         except OSError as error:
-            log.warning(f"{self.root / HF_FOLDERS}: cannot be written, training goes on ({error})")
-            return False
-        return True
+            self._refused += 1
+            log.once(f"{self.root / HF_FOLDERS}: cannot be written, training goes on ({error})", key="no hf folder")
+
+    def _is_made(self, step: str) -> bool:
+        """Whether a checkpoint has its folder: one that is older than it was made of another of that step."""
+        folder, manifest = self.root / HF_FOLDERS / step, self.root / step / MANIFEST
+        with suppress(OSError):
+            made = folder.stat().st_mtime_ns
+            with suppress(OSError):  # of the checkpoint, which may be removed
+                return made >= manifest.stat().st_mtime_ns
+            return True
+        return False
 
     def _look(self) -> None:
         if self._child is not None and self._child[1].poll() is None:
@@ -92,8 +105,9 @@ class HFFolders:
         self._collect()
         there = [folder.name for folder in steps(self.root) if (folder / MANIFEST).exists()]
         folder = self.root / HF_FOLDERS
-        for step in self._seen.difference(there):
-            if (folder / step).is_dir():
+        stale = [step for step in there if (folder / step).exists() and not self._is_made(step)]
+        for step in (*stale, *self._seen.difference(there)):
+            with suppress(FileNotFoundError):  # who sends it may remove it
                 storage.remove(folder / step)
         self._seen |= set(there)
         for leftover in folder.glob(".tmp-*"):  # of a process that was killed

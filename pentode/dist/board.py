@@ -6,6 +6,7 @@ Collectives of two threads would meet each other's; what ranks agree on beside t
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ T = TypeVar("T")
 PATIENCE = 20 * 60.0  # seconds, as a collective has: the slowest disk of all ranks decides how long a save takes
 SHORTEST, LONGEST = 0.001, 0.5  # seconds between two looks at the board
 ERROR = "pentode error"
+NEVER = threading.Event()
 
 
 class Cancelled(BaseException):
@@ -54,15 +56,23 @@ class Board:
         wait_for(self._store, keys, late=late, cancelled=self._cancelled)
 
 
-def wait_for(store: dist.Store, keys: list[str], *, late: str, cancelled: threading.Event) -> None:
-    """Return when the keys are there; a RankError says `late` if they do not come.
+def wait_for(
+    store: dist.Store,
+    keys: list[str],
+    *,
+    late: str,
+    cancelled: threading.Event | None = None,
+    look: Callable[[], object] = bool,
+) -> None:
+    """Return when the keys are there; a RankError says `late` if they do not come, and what `look` raises ends this.
 
     Asks again and again: waiting in the store would keep other threads from it, and this one from hearing signals.
     """
     pause, end = SHORTEST, time.monotonic() + PATIENCE
     while not store.check(keys):
-        if cancelled.wait(pause):
+        if (cancelled or NEVER).wait(pause):
             raise Cancelled
+        look()
         if time.monotonic() > end:
             raise RankError(late)
         pause = min(2 * pause, LONGEST)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pentode.dist import symmetric
 from pentode.dist.board import wait_for
+from pentode.dist.leaving import raise_if_one_left
 from pentode.dist.together import ranks_in_words, tell_once
 from pentode.errors import INTERNAL, ConfigError, Interrupted, Preempted, on_all_ranks
 
@@ -192,7 +192,7 @@ def _wait_for_all(here: World, store: dist.Store) -> None:
 
 def _wait(store: dist.Store, keys: list[str]) -> None:
     late = f"launch: another rank has not come in {TIMEOUT.total_seconds():.0f} s; see what that one, or its host, says"
-    wait_for(store, keys, late=late, cancelled=threading.Event())
+    wait_for(store, keys, late=late, look=lambda: raise_if_one_left(store))
 
 
 def disconnect() -> None:

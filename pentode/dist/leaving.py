@@ -40,6 +40,13 @@ def heard_by_others(store: dist.Store | None, *, rank: int) -> Iterator[None]:
         raise
 
 
+def raise_if_one_left(store: dist.Store) -> None:
+    """End as a rank did that has left for a signal, if one has: it will not come to where others wait for it."""
+    found = _said(store)
+    if found is not None:
+        raise found
+
+
 def _say(error: Preempted | Interrupted | KeyboardInterrupt, store: dist.Store, rank: int) -> None:
     """Tell the others why this rank leaves; if one of them has done so already, `error` is told."""
     if isinstance(error, KeyboardInterrupt):

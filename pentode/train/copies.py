@@ -181,7 +181,7 @@ class Copies:
             return
         if self.uploader is not None:
             self.uploader.try_all_again()
-        self._wait(AT_THE_END)
+        self._wait(AT_THE_END, folders=True)
         on_first_at_length(self._close_the_books, self.world)
 
     def finish_soon(self, *, grace_s: float) -> None:
@@ -192,12 +192,12 @@ class Copies:
         if self.place is not None:
             self._wait(min(WHEN_STOPPED, grace_s / 3))
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float, *, folders: bool = False) -> None:
         uploader = self.uploader
-        if uploader is not None and not uploader.wait(0.0):
-            steps = ", ".join(map(str, uploader.unsent()))
+        if uploader is not None and not uploader.wait(0.0, folders=folders):
+            steps = ", ".join(map(str, uploader.needed()))
             log.info(f"Waiting for the upload of checkpoint {steps}, up to {seconds:.0f} s")
-        on_first_at_length(lambda: None if uploader is None else uploader.wait(seconds), self.world)
+        on_first_at_length(lambda: None if uploader is None else uploader.wait(seconds, folders=folders), self.world)
 
     def _close_the_books(self) -> None:
         """Send the records as they are at the end, where all checkpoints are there; on rank 0."""
@@ -217,11 +217,12 @@ class Copies:
         place, remote, uploader = self.place, self.remote, self.uploader
         if place is None or place.keep_last is None or remote is None or uploader is None:
             return
+        last, every = place.keep_last, place.keep_every
         if place.is_the_run:
-            remote.prune(step, patience, keep_last=place.keep_last, keep_every=place.keep_every)
+            remote.prune(patience, keep_last=last, keep_every=every)
         else:
-            unsent = uploader.unsent()
-            prune(self.root, step, keep_last=place.keep_last, keep_every=place.keep_every, spared=unsent)
+            newest = uploader.newest_sent() or step
+            prune(self.root, newest, keep_last=last, keep_every=every, spared=uploader.needed())
 
     def _unsent(self, steps: list[int]) -> str:
         assert self.place is not None, "nothing is sent anywhere"

@@ -22,6 +22,7 @@ from pentode.dist.collectives import beside, gather_objects, max_
 from pentode.dist.together import on_first
 from pentode.errors import PentodeError, RankError, StorageError
 from pentode.run.build import Run
+from pentode.train.copies import Place
 from pentode.train.signals import StopSignal
 from pentode.train.state import Content, TrainState, content
 
@@ -237,14 +238,15 @@ def check_room(run: Run, state: TrainState, root: Path) -> None:
     to_come = saves_to_come(run.config, state.step)
     if not (c.check_free_space and to_come):
         return
-    what, world = content(run, state), run.mesh.world
+    what, world, place = content(run, state), run.mesh.world, Place.of(run.config)
+    goes = place is not None and place.remove  # each, when it is in the store
     files = what["files"] if world.rank == 0 else {}
     size = sum(gather_objects(size_of(what["groups"], files), world))
 
     def look() -> None:
         with storage.explained(root):
             free = shutil.disk_usage(root).free
-        kept = c.keep_last or 1
+        kept = 1 if goes else c.keep_last or 1
         count = max(1, min(to_come, kept + 1 - min(kept, len(steps(root)))))
         if count * size > free:
             raise StorageError(
@@ -252,7 +254,7 @@ def check_room(run: Run, state: TrainState, root: Path) -> None:
                 "are free; remove files, point checkpoints.checkpoints_path at another disk, or set "
                 "checkpoints.check_free_space to false"
             )
-        if c.keep_last is None and to_come * size > free:
+        if c.keep_last is None and not goes and to_come * size > free:
             log.warning(f"{root}: of {to_come} checkpoints to come {free // size} fit on the disk; set keep_last")
 
     on_first(look, world)

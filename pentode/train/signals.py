@@ -91,6 +91,7 @@ class StopSignal:
         self._asked_at = step, time.monotonic()
         self._ask_again = step + max(1, int(self._every * MICROSECONDS / max(1, slowest)))
         if number:  # never back to None: a signal may have come since this rank looked
+            self._ask_again = step  # wherever they heard of it, the loop acts on it at once
             self.asked = signal.Signals(number)
             self._begin_grace(number)
         return number != 0, anywhere != 0

@@ -162,6 +162,32 @@ def test_a_folder_goes_with_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert names(tmp_path / "hf") == ["1", "4"]
 
 
+def test_a_folder_that_was_made_of_another_checkpoint_of_its_step_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converting_by(WRITES, monkeypatch)
+    checkpoints(tmp_path, 2)
+    (tmp_path / "hf" / "2").mkdir(parents=True)
+    (tmp_path / "hf" / "2" / "stale").touch()
+    os.utime(tmp_path / "hf" / "2", (0, 0))
+    folders = HFFolders(tmp_path)
+    assert folders.is_to_come(2)
+    folders.finish()
+    assert not folders.is_to_come(2)
+    assert "stale" not in names(tmp_path / "hf" / "2")
+
+
+def test_nobody_waits_for_a_folder_that_the_disk_refuses_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(beside, "REFUSALS", 3)
+    checkpoints(tmp_path, 2)
+    (tmp_path / "hf").write_text("a file of somebody's")
+    folders = HFFolders(tmp_path)
+    assert [folders.is_to_come(2) for _ in range(4)] == [True, True, False, False]
+    assert capsys.readouterr().out.count("cannot be written") == 1
+
+
 def test_a_checkpoint_that_is_pruned_meanwhile_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from pentode.dist import launch
 from pentode.dist.collectives import gather_objects
 from pentode.dist.launch import disconnect
 from pentode.dist.leaving import heard_by_others
@@ -39,6 +40,14 @@ def test_of_several_ranks_that_leave_one_tells() -> None:
     for rank, error in enumerate(errors):
         assert raised(error, store, rank=rank) is error
     assert [error.told for error in errors] == [False, True, True]
+
+
+def test_nobody_waits_for_a_rank_that_has_left() -> None:
+    store = dist.HashStore()
+    raised(Preempted("SIGTERM: nothing was trained yet"), store, rank=1)
+    with pytest.raises(Preempted) as caught:
+        launch._wait(store, ["problems of 1"])
+    assert caught.value.told
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole runs whose checkpoints are in an object store: saved there, copied there, gone on from there."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -251,6 +252,66 @@ def test_only_the_newest_stay_beside_their_copies_and_none_that_is_not_sent(
     assert run_command(["train", str(file), "tokens.train_steps=13"]) == 0
     assert store.published() == [4, 8, 12, 13]
     assert local(tmp_path) == ["13"]
+
+
+def test_a_prune_that_is_broken_off_is_finished_later_and_leaves_nothing_that_looks_whole(
+    tmp_path: Path, store: Bucket
+) -> None:
+    file = in_s3(tmp_path, store, checkpoints__keep_last=1)
+    deletes = [0]
+
+    def second_fails(request: str, _: int) -> Fault | None:
+        deletes[0] += "?delete" in request
+        return Fault(answer=403, code="AccessDenied") if "?delete" in request and deletes[0] == 2 else None
+
+    with Proxy(second_fails) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert run_command(["train", str(file), "tokens.train_steps=8"]) == 0
+    assert store.published() == [8]
+    assert f"4/{WEIGHTS}" in store.names()
+    assert run_command(["train", str(file)]) == 0
+    assert {name.partition("/")[0] for name in store.names() if "/" in name} == {"12"}
+
+
+def test_a_step_that_is_sent_late_goes_if_newer_ones_are_there(tmp_path: Path, store: Bucket) -> None:
+    file = in_s3(tmp_path, store, checkpoints__keep_last=1)
+
+    def no_four(request: str, _: int) -> Fault | None:
+        return Fault(answer=403) if request.startswith("PUT") and "/4/" in request else None
+
+    with Proxy(no_four) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert run_command(["train", str(file)]) == 74
+    assert local(tmp_path) == ["4"]
+    assert run_command(["train", str(file)]) == 0
+    assert store.published() == [12]
+    assert local(tmp_path) == []
+
+
+def test_another_checkpoint_of_a_step_takes_the_hugging_face_folder_of_the_first_away(
+    tmp_path: Path, store: Bucket
+) -> None:
+    file = in_s3(tmp_path, store, checkpoints__save_hf=True)
+    assert run_command(["train", str(file), "tokens.train_steps=8"]) == 0
+    model = "hf/8/model.safetensors"
+    first = store.read(model)
+    store.change(f"8/{WEIGHTS}", b"damaged")
+    faster = "optimizer.learning_rate_scheduler.learning_rate=0.02"
+    assert run_command(["train", str(file), "tokens.train_steps=9", faster]) == 0
+    assert store.published() == [4, 8, 9]
+    assert store.read(model) != first
+
+
+def test_a_staging_disk_need_not_hold_all_that_stays_in_the_store(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = in_s3(tmp_path, store, checkpoints__keep_last=10)
+    assert run_command(["train", str(file), "tokens.train_steps=4"]) == 0
+    size = sum(len(store.read(name)) for name in store.names() if name.startswith("4/"))
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=round(2.5 * size)))
+    assert run_command(["train", str(file)]) == 0
+    assert store.published() == [4, 8, 12]
 
 
 def local(folder: Path) -> list[str]:

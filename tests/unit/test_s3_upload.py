@@ -46,6 +46,9 @@ class Shop:
         self.taken.append(int(folder.name))
         return True
 
+    def has(self, step: int, patience: Patience) -> bool:
+        return step in self.taken
+
     def has_hf(self, step: int, patience: Patience) -> bool:
         return step in self.with_hf
 
@@ -154,29 +157,51 @@ def test_a_checkpoint_that_was_pruned_while_it_waited_is_no_problem(tmp_path: Pa
     made.close()
 
 
-def test_a_local_copy_stays_until_its_hugging_face_folder_was_made_and_sent(
+class Maker:
+    """Stands for who makes Hugging Face folders: when it is told to, or says that it cannot."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cannot = root, set[int]()
+        self.asked = threading.Event()
+
+    def to_come(self, step: int) -> bool:
+        assert (self.root / str(step)).is_dir()
+        self.asked.set()
+        return step not in self.cannot and not (self.root / "hf" / str(step)).is_dir()
+
+    def make(self, step: int) -> None:
+        (self.root / "hf" / str(step)).mkdir(parents=True)
+
+
+def test_local_copies_stay_until_their_hugging_face_folders_are_sent_and_hold_up_no_checkpoint(
     tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "TICK", 0.01)
     shop.open.set()
-    asked: list[int] = []
-
-    def to_come(step: int) -> bool:
-        assert (tmp_path / str(step)).is_dir()
-        asked.append(step)
-        if asked.count(step) == 3 and step != 2:  # 2 cannot be made
-            (tmp_path / "hf" / str(step)).mkdir(parents=True)
-        return asked.count(step) < 3
-
     for step in (1, 2, 3):
         saved(tmp_path, step)
     shop.with_hf = [3]  # is there since an earlier start
-    made = uploader(shop, tmp_path, remove=True, hf_to_come=to_come)
+    maker = Maker(tmp_path)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come)
     made.collect()
     assert made.wait(SOON)
-    assert asked == [1, 1, 1, 2, 2, 2]
-    assert shop.with_hf == [3, 1]
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert shop.taken == [1, 2, 3]
+    assert made.has_place()
+    assert (made.unsent(), made.needed()) == ([], [1, 2])
+    assert maker.asked.wait(SOON)
+    maker.make(2)
+    while made.needed() != [1]:
+        maker.asked.clear()
+        assert maker.asked.wait(SOON)
+    saved(tmp_path, 4)
+    made.collect()
+    assert made.wait(SOON)
+    assert shop.taken[-1] == 4
+    assert not made.wait(0.0, folders=True)
+    maker.cannot = {1, 4}
+    assert made.wait(SOON, folders=True)
+    assert shop.with_hf == [3, 2]
+    assert not [path for path in tmp_path.rglob("*") if path.name != "hf"]
     made.close()
 
 
@@ -184,35 +209,56 @@ def test_a_run_that_ends_before_the_hugging_face_folder_is_made_keeps_the_local_
     tmp_path: Path, shop: Shop
 ) -> None:
     shop.open.set()
-    waits = threading.Event()
     saved(tmp_path, 1)
-    made = uploader(shop, tmp_path, remove=True, hf_to_come=lambda step: waits.set() or True)
+    maker = Maker(tmp_path)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come)
     made.collect()
-    assert waits.wait(SOON)
-    assert not made.wait(0.0)
+    assert made.wait(SOON)
+    assert maker.asked.wait(SOON)
     made.close()
     assert not made._thread.is_alive()
     assert (tmp_path / "1").is_dir()
 
 
+def test_a_folder_that_cannot_be_sent_is_told_and_stays(
+    tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(folder: Path, patience: Patience) -> None:
+        raise StorageError("no room")
+
+    monkeypatch.setattr(shop, "send_hf", refuse)
+    shop.open.set()
+    saved(tmp_path, 1)
+    maker = Maker(tmp_path)
+    maker.make(1)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come)
+    made.collect()
+    assert made.wait(SOON, folders=True)
+    assert f"no room; {tmp_path}/hf/1 is not in the store" in capsys.readouterr().out
+    assert (tmp_path / "1").is_dir()
+    made.close()
+
+
+@pytest.mark.parametrize("error", [StorageError("no"), KeyError("a bug")])
 def test_what_follows_a_sent_checkpoint_may_fail_and_is_told(
-    tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     shop.open.set()
     sent: list[int] = []
 
     def follow(step: int, patience: Patience) -> None:
         sent.append(step)
-        raise StorageError("no")
+        raise error
 
-    saved(tmp_path, 1)
     made = uploader(shop, tmp_path, sent=follow)
-    made.collect()
-    assert made.wait(SOON)
-    assert sent == [1]
-    assert made.unsent() == []
-    assert "no; older checkpoints could not be removed" in capsys.readouterr().out
+    for step in (1, 2):
+        saved(tmp_path, step)
+        made.collect()
+        assert made.wait(SOON)
     made.close()
+    assert sent == [1, 2]
+    assert made.unsent() == []
+    assert "; older checkpoints could not be removed" in capsys.readouterr().out
 
 
 def test_closing_gives_up_what_is_under_way(tmp_path: Path, shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,13 @@ def asking_steps(
     return found
 
 
+def test_a_signal_that_was_heard_elsewhere_is_acted_on_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "max_", lambda own, axis: torch.maximum(own, torch.tensor([15, 0, 1])))
+    stop = StopSignal(CPU)
+    assert stop.asked_anywhere(PAIR, step=4, now=True) == (True, False)  # as in waiting for a place
+    assert stop.asked_anywhere(PAIR, step=4, now=False) == (True, False)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(
     ("seconds", "grace_s", "expected"),
