@@ -98,7 +98,7 @@ def _train(file: Path, overrides: list[str], *, nproc: int, fresh: bool) -> None
         if folders is not None:
             if launch.world().rank == 0:
                 held.enter_context(folders)
-            published.append(lambda folder: folders.wake(folder.parent))
+            published.append(folders.renew)
             at_end.append(lambda run, root: on_first_at_length(folders.finish, run.mesh.world))
         start(
             config,

@@ -189,20 +189,22 @@ class Remote:
             self.objects.remove(patience, [name])
             self._remove_hf(step, patience)
 
-    def prune(self, patience: Patience, *, keep_last: int, keep_every: int | None) -> None:
-        """Remove checkpoints that need not stay; all that have a manifest were read back before it was written.
+    def prune(self, patience: Patience, *, keep_last: int, keep_every: int | None) -> set[int]:
+        """Remove checkpoints that need not stay, and return their steps; a manifest says that one was read back.
 
         What goes is marked first, by an object that goes last, so that a prune which is broken off is finished later.
         """
         names = self.objects.under(patience)
-        steps_of = {name: _step_of(name) for name in names}
+        steps_of = {name: step for name in names if (step := _step_of(name)) is not None}
         complete = {step for name, step in steps_of.items() if name == f"{step}/{MANIFEST}"}
         begun = {step for name, step in steps_of.items() if name == f"{step}/{LEAVING}"} - complete
-        for step in (*begun, *to_remove(sorted(complete), keep_last=keep_last, keep_every=keep_every)):
+        going = begun | set(to_remove(sorted(complete), keep_last=keep_last, keep_every=keep_every))
+        for step in sorted(going):
             mark = f"{step}/{LEAVING}"
             self.objects.write(patience, mark, b"{}")
-            self._remove(patience, [name for name in names if steps_of[name] == step and name != mark])
+            self._remove(patience, [name for name, of in steps_of.items() if of == step and name != mark])
             self.objects.remove(patience, [mark])
+        return going
 
     def remove_run(self) -> None:
         """Remove all checkpoints and what is sent beside them, and nothing of anybody else."""

@@ -6,7 +6,7 @@ is found by the next one.
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pentode import log
@@ -17,6 +17,7 @@ from pentode.checkpoint.retry import Patience
 from pentode.errors import PentodeError
 
 PLACES = 2  # checkpoints that may wait while another is sent
+FOLDERS = 4  # checkpoints in the store that may stay here until their Hugging Face folders are there, too
 TICK = 0.5  # seconds between looks at whether a Hugging Face folder is there
 FAREWELL = 5.0  # seconds for the thread to drop an upload in parts
 AFTER_FAILURE = 0.0  # seconds of patience with a store that could not take the last checkpoint: one try
@@ -29,7 +30,7 @@ class Uploader:
     fetched     the step of a local checkpoint that has just come from the store, and need not be read back
     hf_to_come  whether a step's Hugging Face folder is still to be made of the local checkpoint, which stays until that
                 is in the store, too; checkpoints go first
-    sent        called when a step is in the store: older ones may go
+    sent        called when a step is in the store: older ones may go; returns those that went from there
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Uploader:
         fetched: int | None = None,
         places: int = PLACES,
         hf_to_come: Callable[[int], bool] | None = None,
-        sent: Callable[[int, Patience], object] | None = None,
+        sent: Callable[[int, Patience], Collection[int]] | None = None,
     ) -> None:
         self.remote, self.root, self.remove, self.fetched = remote, root, remove, fetched
         self.places, self.hf_to_come, self.sent = places, hf_to_come, sent
@@ -50,6 +51,9 @@ class Uploader:
         self._sending: int | None = None
         self._done: set[int] = set()
         self._folders: list[int] = []  # steps in the store whose Hugging Face folders are not
+        self._failed_folders: list[int] = []  # and could not be sent when it was tried
+        self._tidying = False  # older ones are being removed after a folder was sent
+        self._final = False  # no other checkpoint comes
         self._patience: Patience | None = None
         self._impatient = self._closed = False
         self._changed = threading.Condition()  # its lock may be taken again by who holds it
@@ -69,7 +73,10 @@ class Uploader:
     def try_all_again(self) -> None:
         """Queue also what failed, for the last time, with all patience."""
         with self._changed:
-            self._impatient = False
+            self._final, self._impatient = True, False
+            if self._patience is not None:
+                self._patience.limit = self.remote.limit  # of what is under way
+            self._try_folders_again()
             self._collect()
 
     def wait(self, seconds: float, *, folders: bool = False) -> bool:
@@ -99,7 +106,7 @@ class Uploader:
     def needed(self) -> list[int]:
         """The steps that must stay here: those not in the store, or whose Hugging Face folder is not."""
         with self._changed:
-            return sorted({*self.unsent(), *self._folders})
+            return sorted({*self.unsent(), *self._folders, *self._failed_folders})
 
     def newest_sent(self) -> int | None:
         """The newest step that is here, or was, and in the store."""
@@ -112,10 +119,12 @@ class Uploader:
         self._changed.notify_all()
 
     def _has_place(self) -> bool:
-        return len(self._waiting) + (self._sending is not None) <= self.places
+        stay = len(self._folders) + len(self._failed_folders) if self.remove else 0  # on a disk that is no archive
+        return len(self._waiting) + (self._sending is not None) <= self.places and stay <= FOLDERS
 
     def _is_idle(self, *, folders: bool) -> bool:
-        return not self._waiting and self._sending is None and not (folders and self._folders)
+        under_way = self._folders or self._tidying
+        return not self._waiting and self._sending is None and not (folders and under_way)
 
     def _work(self) -> None:
         while True:
@@ -131,19 +140,19 @@ class Uploader:
 
     def _send_a_checkpoint(self, step: int) -> None:
         patience = self._patience_for(step)
-        if self._impatient:
-            patience.limit = AFTER_FAILURE
         problem = self._problem_of_sending(step, patience)
         with self._changed:
             self.failed.pop(step, None)
             if problem is None:
                 self._done.add(step)
+                self._try_folders_again()
             else:
                 self.failed[step] = problem
         if problem is None:
+            self._let_go(step, patience)
             self._follow(step, patience)
         with self._changed:
-            self._sending, self._impatient = None, problem is not None
+            self._sending, self._impatient = None, problem is not None and not self._final
             self._changed.notify_all()
 
     def _problem_of_sending(self, step: int, patience: Patience) -> str | None:
@@ -152,11 +161,6 @@ class Uploader:
         try:
             if step != self.fetched and self.remote.upload(folder, patience, again=self.remove):
                 log.info(f"Uploaded checkpoint {step} to {patience.what} ({self.remote.clock.now() - began:.1f} s)")
-            if self.hf_to_come is not None and not self.remote.has_hf(step, patience):
-                with self._changed:
-                    self._folders.append(step)
-            elif self.remove:
-                self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not folder.exists():  # pruned while it waited, which is no problem
                 return None
@@ -166,6 +170,18 @@ class Uploader:
             return problem
         return None
 
+    def _let_go(self, step: int, patience: Patience) -> None:
+        """Remove the local copy of a step that is in the store, or keep it until its Hugging Face folder is."""
+        try:
+            if self.hf_to_come is not None and not self.remote.has_hf(step, patience):
+                with self._changed:
+                    self._folders.append(step)
+            elif self.remove:
+                self._remove(step)
+        except Exception as error:  # noqa: BLE001
+            if not self._closed:
+                log.warning(f"{_said(error)}; {self.root / str(step)} stays until the next start")
+
     def _follow(self, step: int, patience: Patience) -> None:
         """What follows when a step is in the store: the records are sent, older ones removed; errors are told."""
         try:
@@ -173,39 +189,72 @@ class Uploader:
         except Exception as error:  # noqa: BLE001
             if not self._closed:
                 log.once(f"{_said(error)}; the report in the store is not the newest", key="run files")
+        self._prune(step, patience)
+
+    def _prune(self, step: int, patience: Patience) -> None:
+        """Have older checkpoints removed; of those that went from the store nothing is needed here."""
         try:
             if self.sent is not None and not self._closed:
-                self.sent(step, patience)
+                gone = self.sent(step, patience)
+                with self._changed:
+                    pruned = [step for step in (*self._folders, *self._failed_folders) if step in gone]
+                    self._folders = [step for step in self._folders if step not in gone]
+                    self._failed_folders = [step for step in self._failed_folders if step not in gone]
+                for step in pruned:
+                    self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
                 log.warning(f"{_said(error)}; older checkpoints could not be removed")
 
     def _send_a_folder(self) -> None:
         """Send the Hugging Face folder of a step whose is made by now; or wait a moment for that, or a checkpoint."""
-        assert self.hf_to_come is not None, "nobody makes Hugging Face folders"
-        step = next((step for step in self._folders if not self.hf_to_come(step)), None)
+        step = next((step for step in self._folders if not self._is_to_come(step)), None)
         if step is None:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed, timeout=TICK)
             return
         patience, folder = self._patience_for(step), self.root / HF_FOLDERS / str(step)
+        sent = False
         try:
             if folder.is_dir() and self.remote.has(step, patience):  # it could be made, and its step was not pruned
                 self.remote.send_hf(folder, patience)
+            sent = True
             if self.remove:
                 self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.warning(f"{_said(error)}; {folder} is not in the store; the next start sends it")
+                log.warning(f"{_said(error)}; {folder} {'stays' if sent else 'is not in the store yet'}")
         with self._changed:
+            self._tidying = True
             self._folders.remove(step)
+            if not sent:
+                self._failed_folders.append(step)
+        if sent:
+            self._prune(step, patience)
+        with self._changed:
+            self._tidying = False
             self._changed.notify_all()
 
+    def _is_to_come(self, step: int) -> bool:
+        assert self.hf_to_come is not None, "nobody makes Hugging Face folders"
+        try:
+            return self.hf_to_come(step)
+        except Exception as error:  # noqa: BLE001
+            log.once(f"{_said(error)}; Hugging Face folders may not be made", key="hf to come")
+            return False
+
+    def _try_folders_again(self) -> None:
+        self._folders += self._failed_folders
+        self._failed_folders = []
+
     def _patience_for(self, step: int) -> Patience:
-        self._patience = patience = self.remote.patience(step)
-        if self._closed:  # meanwhile
-            patience.stop.set()
-        return patience
+        with self._changed:
+            self._patience = patience = self.remote.patience(step)
+            if self._impatient:
+                patience.limit = AFTER_FAILURE
+            if self._closed:  # meanwhile
+                patience.stop.set()
+            return patience
 
     def _remove(self, step: int) -> None:
         """Remove what is here of a step."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from pentode.checkpoint import storage
 from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.manifest import MANIFEST
 
-REFUSALS = 100  # such looks, after which nobody waits for a folder any more
+REFUSED = 60.0  # seconds that the disk refuses, after which nobody waits for a folder any more
 NICE = 19  # the lowest priority: whatever the training leaves
 CONVERT = [sys.executable, "-m", "pentode", "convert"]
 SOURCE = Path(__file__).parents[2]  # where this package is, for the process that is started
@@ -36,10 +37,11 @@ class HFFolders:
         self.root = root
         self._seen: set[str] = set()
         self._failed: set[str] = set()
+        self._stale: set[str] = set()  # steps that were saved anew
         self._child: tuple[str, subprocess.Popen[bytes], IO[bytes]] | None = None
         self._one_at_a_time = threading.Lock()  # a save may end in a thread of its own
         self._left = False
-        self._refused = 0  # looks one after the other that the disk did not allow
+        self._refused_since: float | None = None  # by the disk, each time that it was tried
 
     def __enter__(self) -> "HFFolders":
         return self
@@ -57,6 +59,14 @@ class HFFolders:
         with self._one_at_a_time:
             self._try_to_look()
 
+    def renew(self, checkpoint: Path) -> None:
+        """`wake` for a checkpoint that was just saved: a folder that its step has is another's."""
+        self.root = checkpoint.parent
+        with self._one_at_a_time:
+            self._stale.add(checkpoint.name)
+            self._failed.discard(checkpoint.name)
+            self._try_to_look()
+
     @property
     def idle(self) -> bool:
         """Whether nothing is being written."""
@@ -66,8 +76,9 @@ class HFFolders:
         """Whether a checkpoint's folder is missing and will be made, so that its files are needed. From any thread."""
         with self._one_at_a_time:
             self._try_to_look()
-            gone = str(step) in self._failed or self._refused >= REFUSALS
-            return not gone and not self._is_made(str(step))
+            refused = self._refused_since is not None and time.monotonic() > self._refused_since + REFUSED
+            is_there = (self.root / str(step) / MANIFEST).exists()
+            return is_there and not refused and str(step) not in self._failed and not self._is_made(str(step))
 
     def finish(self) -> None:
         """Return when every checkpoint has its folder, or has failed to get one."""
@@ -84,20 +95,13 @@ class HFFolders:
             return
         try:
             self._look()
-            self._refused = 0
+            self._refused_since = None
         except OSError as error:
-            self._refused += 1
+            self._refused_since = self._refused_since or time.monotonic()
             log.once(f"{self.root / HF_FOLDERS}: cannot be written, training goes on ({error})", key="no hf folder")
 
     def _is_made(self, step: str) -> bool:
-        """Whether a checkpoint has its folder: one that is older than it was made of another of that step."""
-        folder, manifest = self.root / HF_FOLDERS / step, self.root / step / MANIFEST
-        with suppress(OSError):
-            made = folder.stat().st_mtime_ns
-            with suppress(OSError):  # of the checkpoint, which may be removed
-                return made >= manifest.stat().st_mtime_ns
-            return True
-        return False
+        return step not in self._stale and (self.root / HF_FOLDERS / step).exists()
 
     def _look(self) -> None:
         if self._child is not None and self._child[1].poll() is None:
@@ -105,10 +109,10 @@ class HFFolders:
         self._collect()
         there = [folder.name for folder in steps(self.root) if (folder / MANIFEST).exists()]
         folder = self.root / HF_FOLDERS
-        stale = [step for step in there if (folder / step).exists() and not self._is_made(step)]
-        for step in (*stale, *self._seen.difference(there)):
+        for step in (*self._stale, *self._seen.difference(there)):
             with suppress(FileNotFoundError):  # who sends it may remove it
                 storage.remove(folder / step)
+            self._stale.discard(step)
         self._seen |= set(there)
         for leftover in folder.glob(".tmp-*"):  # of a process that was killed
             storage.remove(leftover)

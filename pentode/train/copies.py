@@ -1,7 +1,7 @@
 """A run's checkpoints in an object store, from its start to its end: rank 0 moves them, all ranks hear how it went."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ class Copies:
     def _wait(self, seconds: float, *, folders: bool = False) -> None:
         uploader = self.uploader
         if uploader is not None and not uploader.wait(0.0, folders=folders):
-            steps = ", ".join(map(str, uploader.needed()))
+            steps = ", ".join(map(str, uploader.needed() if folders else uploader.unsent()))
             log.info(f"Waiting for the upload of checkpoint {steps}, up to {seconds:.0f} s")
         on_first_at_length(lambda: None if uploader is None else uploader.wait(seconds, folders=folders), self.world)
 
@@ -203,26 +203,34 @@ class Copies:
         """Send the records as they are at the end, where all checkpoints are there; on rank 0."""
         assert self.uploader is not None, "finish() before bring()"
         assert self.remote is not None, "finish() before begin()"
+        assert self.place is not None, "nothing is sent anywhere"
         left = self.uploader.unsent()
         if left:
             why = next(iter(self.uploader.failed.values()), "it takes too long")
             self.uploader.failed.clear()
             raise StorageError(f"{self._unsent(left)}: {why}; the same command sends what is missing")
         self.remote.send_run_files(self.root, self.remote.patience())
+        missing = self.uploader.needed()
+        if missing:
+            which = ", ".join(map(str, missing))
+            log.warning(f"{self.place.url}/hf: no folder of {which} yet; the same command sends what is missing")
         if self.waited >= 1.0:
             log.info(f"Training waited {self.waited:.0f} s for uploads")
 
-    def _prune(self, step: int, patience: Patience) -> None:
-        """Remove what `keep_last` lets go, where the run lives, now that a step is in the store; the uploader calls."""
+    def _prune(self, step: int, patience: Patience) -> Collection[int]:
+        """Remove what `keep_last` lets go, where the run lives, now that a step is in the store; the uploader calls.
+
+        Returns the steps that went from the store.
+        """
         place, remote, uploader = self.place, self.remote, self.uploader
         if place is None or place.keep_last is None or remote is None or uploader is None:
-            return
+            return ()
         last, every = place.keep_last, place.keep_every
         if place.is_the_run:
-            remote.prune(patience, keep_last=last, keep_every=every)
-        else:
-            newest = uploader.newest_sent() or step
-            prune(self.root, newest, keep_last=last, keep_every=every, spared=uploader.needed())
+            return remote.prune(patience, keep_last=last, keep_every=every)
+        newest = max(step, uploader.newest_sent() or 0)
+        prune(self.root, newest, keep_last=last, keep_every=every, spared=uploader.needed())
+        return ()
 
     def _unsent(self, steps: list[int]) -> str:
         assert self.place is not None, "nothing is sent anywhere"

@@ -142,6 +142,8 @@ def _train_in(
         with stop.until_saved():
             hooks = {"after_save": after_save, "published": published} if here.rank == 0 else {}
             train(run, state, root=root, sinks=sinks, stop=stop, before_save=copies.wait_for_place, **hooks)
+            if config.uploads and stop.asked_anywhere(run.mesh.world, step=state.step, now=True)[0]:
+                raise stop.error(f"complete at step {state.step}, and not all is in the store")
         status = "done"
     except (Preempted, Interrupted):
         status = "stopped"

@@ -169,9 +169,9 @@ def test_a_folder_that_was_made_of_another_checkpoint_of_its_step_is_made_again(
     checkpoints(tmp_path, 2)
     (tmp_path / "hf" / "2").mkdir(parents=True)
     (tmp_path / "hf" / "2" / "stale").touch()
-    os.utime(tmp_path / "hf" / "2", (0, 0))
     folders = HFFolders(tmp_path)
-    assert folders.is_to_come(2)
+    assert not folders.is_to_come(2)
+    folders.renew(tmp_path / "2")
     folders.finish()
     assert not folders.is_to_come(2)
     assert "stale" not in names(tmp_path / "hf" / "2")
@@ -180,11 +180,17 @@ def test_a_folder_that_was_made_of_another_checkpoint_of_its_step_is_made_again(
 def test_nobody_waits_for_a_folder_that_the_disk_refuses_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(beside, "REFUSALS", 3)
+    now = [1000.0]
+    monkeypatch.setattr(beside.time, "monotonic", lambda: now[0])
     checkpoints(tmp_path, 2)
     (tmp_path / "hf").write_text("a file of somebody's")
     folders = HFFolders(tmp_path)
-    assert [folders.is_to_come(2) for _ in range(4)] == [True, True, False, False]
+    assert folders.is_to_come(2)
+    now[0] += beside.REFUSED + 1
+    assert not folders.is_to_come(2)
+    storage.remove(tmp_path / "2")
+    (tmp_path / "hf").unlink()
+    assert not folders.is_to_come(2)  # of nothing none can be made
     assert capsys.readouterr().out.count("cannot be written") == 1
 
 

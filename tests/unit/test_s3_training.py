@@ -219,6 +219,20 @@ def test_a_preempted_run_does_not_wait_long_for_its_uploads_and_the_next_start_s
     assert store.published() == [4, 7, 8, 12]
 
 
+def test_a_run_that_is_stopped_in_its_last_step_does_not_wait_long_for_its_uploads(
+    tmp_path: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, waits = in_s3(tmp_path, store), list[float]()
+    real = copies.Copies._wait
+    with monkeypatch.context() as patch:
+        patch.setattr(copies.Copies, "_wait", lambda self, seconds, **_: (waits.append(seconds), real(self, seconds)))
+        before_step(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_command(["train", str(file)]) == 75
+    assert waits == [20.0]
+    assert run_command(["train", str(file)]) == 0
+    assert store.published() == [4, 8, 12]
+
+
 def terminate_when_sent(store: Bucket, folder: Path) -> None:
     """SIGTERM when a checkpoint, which is written in the background, has been sent and removed."""
     while int(folder.name) not in store.published() or folder.exists():

@@ -22,6 +22,7 @@ class Shop:
     """Stands for a Remote: takes checkpoints while it is open, refuses those in `refused`."""
 
     url: str = "s3://bucket/run"
+    limit: float = 300.0
     clock: Clock = field(default_factory=Clock)
     refused: set[int] = field(default_factory=set)
     taken: list[int] = field(default_factory=list)
@@ -236,6 +237,66 @@ def test_a_folder_that_cannot_be_sent_is_told_and_stays(
     assert made.wait(SOON, folders=True)
     assert f"no room; {tmp_path}/hf/1 is not in the store" in capsys.readouterr().out
     assert (tmp_path / "1").is_dir()
+    assert made.needed() == [1]
+    monkeypatch.undo()
+    made.try_all_again()
+    assert made.wait(SOON, folders=True)
+    assert made.needed() == []
+    assert shop.with_hf == [1]
+    assert not (tmp_path / "1").exists()
+    made.close()
+
+
+def test_what_is_under_way_at_the_end_is_patient_and_so_are_those_after_it(tmp_path: Path, shop: Shop) -> None:
+    shop.refused = {1}
+    saved(tmp_path, 1)
+    made = uploader(shop, tmp_path)
+    made.collect()
+    assert shop.busy.wait(SOON)
+    shop.open.set()
+    assert made.wait(SOON)
+    shop.open.clear()
+    shop.busy.clear()
+    saved(tmp_path, 2)
+    made.collect()
+    assert shop.busy.wait(SOON)  # 1 again, in one try
+    made.try_all_again()
+    shop.open.set()
+    assert made.wait(SOON)
+    made.close()
+    assert shop.limits == [300.0, 300.0, 300.0]
+
+
+def test_what_was_pruned_from_the_store_waits_for_no_folder(
+    tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "TICK", 0.01)
+    shop.open.set()
+    maker = Maker(tmp_path)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come, sent=lambda step, _: {step - 1})
+    for step in (1, 2):
+        saved(tmp_path, step)
+    made.collect()
+    assert made.wait(SOON)
+    assert made.needed() == [2]
+    assert not (tmp_path / "1").exists()
+    maker.make(2)
+    assert made.wait(SOON, folders=True)
+    made.close()
+
+
+def test_no_more_than_some_wait_for_folders_on_a_staging_disk(
+    tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "FOLDERS", 1)
+    shop.open.set()
+    maker = Maker(tmp_path)
+    made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come)
+    for step, place in ((1, True), (2, False)):
+        saved(tmp_path, step)
+        made.collect()
+        assert made.wait(SOON)
+        assert made.has_place() == place
     made.close()
 
 
@@ -246,7 +307,7 @@ def test_what_follows_a_sent_checkpoint_may_fail_and_is_told(
     shop.open.set()
     sent: list[int] = []
 
-    def follow(step: int, patience: Patience) -> None:
+    def follow(step: int, patience: Patience) -> set[int]:
         sent.append(step)
         raise error
 
