@@ -49,11 +49,11 @@ def test_the_table_names_mutants_that_there_are(mutants: list[Mutant]) -> None:
 
 def test_a_handful_of_mutants_dies(mutants: list[Mutant], tmp_path: Path) -> None:
     sure = [mutant for mutant in mutants if mutant.where in SURE and mutant.change in MISSING]
-    names = [mutant.name for mutant in random.Random(0).sample(sure, 3)]
+    names = [mutant.name for mutant in random.Random(0).sample(sure, 2)]
     only = [option for name in names for option in ("--only", name)]
     done = campaign("--layouts", "2", "--workers", "2", "--out", str(tmp_path), *only)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "3 mutants: differs 3" in done.stdout
+    assert "2 mutants: differs 2" in done.stdout
 
 
 @pytest.mark.long

@@ -32,6 +32,7 @@ def test_two_processes_write_one_processs_numbers(tmp_path: Path) -> None:
             assert double[key] is None or double[key] == pytest.approx(single[key], rel=1e-11, abs=0)
 
 
+@pytest.mark.long  # test_resharding does the same with ranks that are there already
 def test_one_process_goes_on_with_what_two_began(tmp_path: Path) -> None:
     file = str(tiny_yaml(tmp_path, model__dtype="float64", tokens__val_check_interval=-1))
     whole, shared = tmp_path / "whole", tmp_path / "shared"
