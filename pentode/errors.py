@@ -131,6 +131,11 @@ def from_json(found: dict[str, Any]) -> PentodeError:
     return _made_again(by_name.get(found["kind"], RankError), found["text"], found["facts"])
 
 
+def in_words(error: BaseException) -> str:
+    """An error inside a sentence: ours and the system's speak for themselves, others need their kind."""
+    return str(error) if isinstance(error, (PentodeError, OSError)) else f"{type(error).__name__}: {error}"
+
+
 def exit_code(error: BaseException) -> int | None:
     """The code that a command ends with; None for what can only be our bug."""
     if isinstance(error, PentodeError):

@@ -14,7 +14,7 @@ from pentode.checkpoint import storage
 from pentode.checkpoint.folder import HF_FOLDERS, steps
 from pentode.checkpoint.remote import Remote
 from pentode.checkpoint.retry import Patience
-from pentode.errors import PentodeError
+from pentode.errors import in_words
 
 PLACES = 2  # checkpoints that may wait while another is sent
 FOLDERS = 4  # checkpoints in the store that may stay here until their Hugging Face folders are there, too
@@ -66,7 +66,10 @@ class Uploader:
             self._collect()
 
     def has_place(self, *, within: float = 0.0) -> bool:
-        """Whether no more than `places` wait for the one being sent when one more comes, or so within some seconds."""
+        """Whether there is room for one more, or comes to be within so many seconds.
+
+        No more than `places` wait behind the one being sent; and where local copies are removed, few stay for folders.
+        """
         with self._changed:
             return self._changed.wait_for(self._has_place, timeout=within)
 
@@ -164,7 +167,7 @@ class Uploader:
         except Exception as error:  # noqa: BLE001
             if not folder.exists():  # pruned while it waited, which is no problem
                 return None
-            problem = _said(error)
+            problem = in_words(error)
             if not self._closed:
                 log.warning(f"{problem}; checkpoint {step} is not in the store yet and stays in {self.root}")
             return problem
@@ -180,7 +183,7 @@ class Uploader:
                 self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.warning(f"{_said(error)}; {self.root / str(step)} stays until the next start")
+                log.warning(f"{in_words(error)}; {self.root / str(step)} stays until the next start")
 
     def _follow(self, step: int, patience: Patience) -> None:
         """What follows when a step is in the store: the records are sent, older ones removed; errors are told."""
@@ -188,7 +191,7 @@ class Uploader:
             self.remote.send_run_files(self.root, patience)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.once(f"{_said(error)}; the report in the store is not the newest", key="run files")
+                log.once(f"{in_words(error)}; the report in the store is not the newest", key="run files")
         self._prune(step, patience)
 
     def _prune(self, step: int, patience: Patience) -> None:
@@ -204,7 +207,7 @@ class Uploader:
                     self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.warning(f"{_said(error)}; older checkpoints could not be removed")
+                log.warning(f"{in_words(error)}; older checkpoints could not be removed")
 
     def _send_a_folder(self) -> None:
         """Send the Hugging Face folder of a step whose is made by now; or wait a moment for that, or a checkpoint."""
@@ -223,7 +226,7 @@ class Uploader:
                 self._remove(step)
         except Exception as error:  # noqa: BLE001
             if not self._closed:
-                log.warning(f"{_said(error)}; {folder} {'stays' if sent else 'is not in the store yet'}")
+                log.warning(f"{in_words(error)}; {folder} {'stays' if sent else 'is not in the store yet'}")
         with self._changed:
             self._tidying = True
             self._folders.remove(step)
@@ -240,7 +243,7 @@ class Uploader:
         try:
             return self.hf_to_come(step)
         except Exception as error:  # noqa: BLE001
-            log.once(f"{_said(error)}; Hugging Face folders may not be made", key="hf to come")
+            log.once(f"{in_words(error)}; Hugging Face folders may not be made", key="hf to come")
             return False
 
     def _try_folders_again(self) -> None:
@@ -264,7 +267,3 @@ class Uploader:
                     trash = self.root / f".trash-{name}-{secrets.token_hex(4)}"
                     storage.rename(folder, trash)
                     storage.remove(trash)
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, (PentodeError, OSError)) else f"{type(error).__name__}: {error}"

@@ -67,11 +67,6 @@ def usable(like: Tensor) -> bool:
             divide_by=one,
             skip=one,
         )
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-    ):  # this torch lacks it; there is no way to ask
+    except (AttributeError, RuntimeError, TypeError):  # this torch lacks it; there is no other way to ask
         return False
     return True

@@ -20,7 +20,7 @@ from pentode.config.schema import CheckpointsArgs, Config
 from pentode.dist.board import Cancelled
 from pentode.dist.collectives import beside, gather_objects, max_
 from pentode.dist.together import on_first
-from pentode.errors import PentodeError, RankError, StorageError
+from pentode.errors import PentodeError, RankError, StorageError, in_words
 from pentode.run.build import Run
 from pentode.train.copies import Place
 from pentode.train.signals import StopSignal
@@ -180,12 +180,8 @@ class Saver:
         self._background.cancelled.set()
         ended, error = self._background.is_done(within=ENDING), self._background.error
         if not ended or error is not None:
-            why = "" if error is None or isinstance(error, Cancelled) else f" ({_in_words(error)})"
+            why = "" if error is None or isinstance(error, Cancelled) else f" ({in_words(error)})"
             log.warning(f"{self.root / str(self.last)}: this checkpoint was given up{why}; those before it stay")
-
-
-def _in_words(error: BaseException) -> str:
-    return str(error) if isinstance(error, PentodeError) else f"{type(error).__name__}: {error}"
 
 
 class DeviceRoom:

@@ -71,6 +71,14 @@ def uploader(shop: Any, root: Path, **options: Any) -> Uploader:
     return Uploader(shop, root, remove=options.pop("remove", False), **options)
 
 
+def send(made: Uploader, root: Path, *steps: int) -> None:
+    """Save these, and have them sent."""
+    for step in steps:
+        saved(root, step)
+    made.collect()
+    assert made.wait(SOON)
+
+
 def saved(root: Path, step: int) -> Path:
     folder = root / str(step)
     folder.mkdir()
@@ -274,10 +282,7 @@ def test_what_was_pruned_from_the_store_waits_for_no_folder(
     shop.open.set()
     maker = Maker(tmp_path)
     made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come, sent=lambda step, _: {step - 1})
-    for step in (1, 2):
-        saved(tmp_path, step)
-    made.collect()
-    assert made.wait(SOON)
+    send(made, tmp_path, 1, 2)
     assert made.needed() == [2]
     assert not (tmp_path / "1").exists()
     maker.make(2)
@@ -292,11 +297,10 @@ def test_no_more_than_some_wait_for_folders_on_a_staging_disk(
     shop.open.set()
     maker = Maker(tmp_path)
     made = uploader(shop, tmp_path, remove=True, hf_to_come=maker.to_come)
-    for step, place in ((1, True), (2, False)):
-        saved(tmp_path, step)
-        made.collect()
-        assert made.wait(SOON)
-        assert made.has_place() == place
+    send(made, tmp_path, 1)
+    assert made.has_place()
+    send(made, tmp_path, 2)
+    assert not made.has_place()
     made.close()
 
 
