@@ -1,6 +1,6 @@
 """What a save costs the training: steps in which a snapshot is taken against steps without, on one GPU.
 
-usage: python -m benchmarks.checkpoint_stall [--folder /dev/shm/stall] [--shape 1B] [--saves 10]
+usage: python -m benchmarks.checkpoint_stall [--folder /dev/shm/stall] [--shape 1B] [--saves 10] [--only unstaged]
 
 The 1B shape at micro-batch 4 x 2 accumulation. Prints, for a snapshot staged on the device and one that is not, the
 median of the steps with it (from before the save to the end of the step after it) over the median step, and whether
@@ -35,6 +35,7 @@ from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState
 
 BETWEEN = 2  # steps between two saves that are timed as normal ones, after one that is not
+PARTS = ("files", "staged", "unstaged")
 LIMITS = {True: 1.15, False: 1.6}  # of a normal step: staged on the device, and not
 
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="an empty or new folder; its content is removed")
     parser.add_argument("--shape", default="1B", choices=sorted({case.shape for case in CASES.values()}))
     parser.add_argument("--saves", type=int, default=10)
+    parser.add_argument("--only", choices=PARTS, help="one part of it; all three in turn if left out")
     asked = parser.parse_args()
     log.setup(level="error")
     root = asked.folder or Path(tempfile.mkdtemp(prefix="stall-"))
@@ -82,22 +84,23 @@ def main() -> None:
         sys.exit(f"{root}: not empty; give an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
     try:
-        _measure(Timed(asked.shape, root), asked.saves)
+        _measure(Timed(asked.shape, root), asked.saves, parts=PARTS if asked.only is None else (asked.only,))
     finally:
         shutil.rmtree(root)
 
 
-def _measure(timed: Timed, saves: int) -> None:
+def _measure(timed: Timed, saves: int, *, parts: tuple[str, ...]) -> None:
     for _ in range(WARM_UP + 3):
         timed.step()
     alone = statistics.median(timed.step() for _ in range(saves))
     print(f"{devices.name(timed.run.device)}: a step without a save {alone:.1f} ms", flush=True)
-    _compare(timed)
-    real = DeviceRoom.has
-    for staged in (True, False):
-        DeviceRoom.has = real if staged else (lambda room, size: False)  # type: ignore[method-assign]
-        _time_saves(timed, saves, staged=staged)
-    DeviceRoom.has = real  # type: ignore[method-assign]
+    if "files" in parts:
+        _compare(timed)
+    if "staged" in parts:
+        _time_saves(timed, saves, staged=True)
+    if "unstaged" in parts:
+        DeviceRoom.has = lambda room, size: False  # type: ignore[method-assign]
+        _time_saves(timed, saves, staged=False)
 
 
 def _time_saves(timed: Timed, saves: int, *, staged: bool) -> None:

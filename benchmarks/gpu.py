@@ -102,7 +102,7 @@ def run_titan(case: Case, log: Path) -> Figures:
     pipelined = "pp" in layout  # there a step's micro-batches are one local batch
     options = {
         "--training.seq_len": SEQUENCE,
-        "--training.local_batch_size": sequences if pipelined else case.micro_batch,
+        "--training.local_batch_size": sequences if pipelined else case.titan_micro_batch or case.micro_batch,
         "--training.global_batch_size": sequences * layout.get("dp", 1),
         "--training.steps": case.steps,
         "--metrics.log_freq": EVERY,

@@ -21,8 +21,9 @@ RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 class Case:
     """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
 
-    steps  of the run, the first WARM_UP of them not counted
-    titan  options of torchtitan beside the common ones; None where it is not run beside us
+    steps              of the run, the first WARM_UP of them not counted
+    titan              options of torchtitan beside the common ones; None where it is not run beside us
+    titan_micro_batch  its own best, if that is another; it does as many sequences a step as ours
     """
 
     shape: str
@@ -34,6 +35,7 @@ class Case:
     zero_stage: int = 0
     steps: int = STEPS
     titan: tuple[str, ...] | None = None
+    titan_micro_batch: int | None = None
 
 
 NO_RECOMPUTATION = ("--activation_checkpoint.mode", "none")
@@ -45,10 +47,13 @@ PP2 = ("--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_pa
 CASES = {
     "1B": Case("1B", 4, titan=NO_RECOMPUTATION),
     "8B8": Case("8B8", 4, titan=NO_RECOMPUTATION),
+    "1B best": Case("1B", 8, titan=NO_RECOMPUTATION, titan_micro_batch=4),
+    "8B8 best": Case("8B8", 6, titan=NO_RECOMPUTATION, titan_micro_batch=3),
     "1B float8": Case("1B", 4, model={"float8": "tensorwise"}),
     "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
     "1B x8": Case("1B", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
     "8B8 x8": Case("8B8", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
+    "1B best x8": Case("1B", 8, micro_batches=4, steps=SHORT, titan=NO_RECOMPUTATION, titan_micro_batch=4),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2, steps=500),
 }

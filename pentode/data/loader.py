@@ -6,6 +6,7 @@ Of a global batch, rank r of R reads the r-th contiguous part, in micro-batches 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from pentode.data.order import sample_ids
 from pentode.data.windows import Source
 from pentode.errors import DataError
-from pentode.parallel.batch import Batch, batch_of
+from pentode.parallel.batch import Batch, batch_of, batches_of
 
 WINDOW = 1024  # places of the order that are worked out at once
 # Tokens of small steps that a thread reads in one go, and how many steps: to wake it for each costs more than to read.
@@ -64,7 +65,7 @@ class Loader:
         """
         step = (consumed, first_number)
         if self._threads is None:
-            return self._read(step)
+            return self._read(step)[0]
         if step not in self._ready:
             self._receive(step)
         return self._ready.pop(step)
@@ -82,7 +83,7 @@ class Loader:
             self._coming.clear()
             self._ready = {}
         if step not in self._ready:
-            self._ready[step] = self._read(step)
+            self._ready[step] = self._read(step)[0]
         tokens = sum(batch.tokens.numel() for batch in self._ready[step])
         together = min(max(1, TOGETHER // tokens), MOST_STEPS)
         while len(self._coming) < self._ahead:
@@ -95,12 +96,13 @@ class Loader:
 
     def _read_together(self, first: _Step, count: int) -> dict[_Step, list[Batch]]:
         """`count` steps from `first` on, or up to the first that cannot be read: that is told if it is asked."""
+        steps = [self._later(first, k) for k in range(count)]
+        with suppress(Exception):
+            return dict(zip(steps, self._read(*steps), strict=True))
         found = {}
-        for step in (self._later(first, k) for k in range(count)):
-            try:
-                found[step] = self._read(step)
-            except Exception:  # noqa: BLE001 - raised when the step is asked for, if it ever is
-                break
+        with suppress(Exception):
+            for step in steps:
+                (found[step],) = self._read(step)
         return found
 
     def _ids(self, first: int, count: int) -> np.ndarray:
@@ -112,15 +114,16 @@ class Loader:
     def _window_ids(self, number: int) -> np.ndarray:
         return sample_ids(number * WINDOW, WINDOW, length=len(self._source), seed=self._seed)
 
-    def _read(self, step: _Step) -> list[Batch]:
-        consumed, first_number = step
-        ids = self._ids(consumed + self._first, self._share)
+    def _read(self, *steps: _Step) -> list[list[Batch]]:
+        """The micro-batches of each step."""
+        ids = np.concatenate([self._ids(consumed + self._first, self._share) for consumed, _ in steps])
         rows = torch.from_numpy(checked_samples(self._source, ids, vocab_size=self._vocab_size))
-        numbers = first_number + self._first + torch.arange(self._share)
+        firsts = torch.tensor([number for _, number in steps])
+        numbers = firsts[:, None] + self._first + torch.arange(self._share)
         size = self._micro_batch_size
-        parts = zip(rows.split(size), numbers.split(size), strict=True)
-        batches = [batch_of(part, samples=samples) for part, samples in parts]
-        return [batch.packed(pin=True) for batch in batches] if self._pin else batches
+        batches = batches_of(rows.unflatten(0, (-1, size)), samples=numbers.view(-1, size), pin=self._pin)
+        count = self._share // size
+        return [batches[i : i + count] for i in range(0, len(batches), count)]
 
 
 def validation_batches(
@@ -146,8 +149,7 @@ def validation_batches(
         real = ids < total
         rows = torch.from_numpy(checked_samples(source, np.where(real, ids, 0), vocab_size=vocab_size))
         mask = torch.from_numpy(real)[:, None].expand(-1, rows.shape[1] - 1)
-        batch = batch_of(rows, samples=torch.from_numpy(ids), mask=mask)
-        yield batch.packed(pin=True) if pin else batch
+        yield batch_of(rows, samples=torch.from_numpy(ids), mask=mask, pin=pin)
 
 
 def checked_samples(source: Source, ids: np.ndarray, *, vocab_size: int) -> np.ndarray:

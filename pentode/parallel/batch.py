@@ -41,19 +41,9 @@ class Batch:
             return self
         return self._of(self.buffer().to(device, non_blocking=True))
 
-    def packed(self, *, pin: bool = False) -> "Batch":
-        """The same batch, its tensors side by side in one buffer, which moves in one copy; `pin`: in pinned memory."""
-        buffer = self.buffer()
-        return self._of(buffer.pin_memory() if pin else buffer.clone())
-
-    def copy_(self, other: "Batch") -> None:
-        """Take the values of a batch of the same shape."""
-        into = self._in_place()
-        if into is not None:
-            into.copy_(other.buffer(), non_blocking=True)
-        else:
-            for part, new in zip(self._parts(), other._parts(), strict=True):
-                part.copy_(new, non_blocking=True)
+    def packed(self) -> "Batch":
+        """The same batch, its tensors side by side in a buffer of its own, which moves in one copy."""
+        return self._of(self.buffer().clone())
 
     def buffer(self) -> Tensor:
         """All numbers in one tensor: the one that the fields are views of where they are, else a new one."""
@@ -79,13 +69,29 @@ class Batch:
         return Batch(*buffer.split([tokens, tokens, tokens, sequences]))
 
 
-def batch_of(rows: Tensor, *, samples: Tensor, mask: Tensor | None = None) -> Batch:
-    """A Batch of whole sequences: rows [B, S + 1] give tokens rows[:, :-1] and labels rows[:, 1:].
+def batches_of(rows: Tensor, *, samples: Tensor, pin: bool = False) -> list[Batch]:
+    """N micro-batches of whole sequences, cut out of one buffer, in pinned memory with `pin`.
+
+    rows [N, B, S + 1] give tokens rows[..., :-1] and labels rows[..., 1:]; samples [N, B].
+    """
+    count, sequences, length = rows.shape[0], rows.shape[1], rows.shape[2] - 1
+    sizes = [sequences * length] * 3 + [sequences]
+    buffer = torch.empty(count, sum(sizes), dtype=torch.int64, device=rows.device, pin_memory=pin)
+    tokens, labels, positions, numbers = buffer.split(sizes, dim=1)
+    shape = (sequences, length)
+    tokens.unflatten(1, shape).copy_(rows[..., :-1])
+    labels.unflatten(1, shape).copy_(rows[..., 1:])
+    positions.unflatten(1, shape).copy_(torch.arange(length, device=rows.device))
+    numbers.copy_(samples)
+    return [Batch(*row.split(sizes)) for row in buffer]
+
+
+def batch_of(rows: Tensor, *, samples: Tensor, mask: Tensor | None = None, pin: bool = False) -> Batch:
+    """A Batch of whole sequences: rows [B, S + 1] give tokens rows[:, :-1] and labels rows[:, 1:]; samples [B].
 
     `mask` [B, S] is False where a label is not to be learned.
     """
-    tokens, labels = rows[:, :-1], rows[:, 1:]
+    (batch,) = batches_of(rows[None], samples=samples[None], pin=pin)
     if mask is not None:
-        labels = labels.masked_fill(~mask, IGNORE)
-    positions = torch.arange(tokens.shape[1], device=rows.device).expand(tokens.shape)
-    return Batch(tokens.flatten(), labels.flatten(), positions.flatten(), samples)
+        batch.labels.masked_fill_(~mask.flatten(), IGNORE)
+    return batch

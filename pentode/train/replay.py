@@ -22,7 +22,7 @@ class _Recorded:
     """A step, and the memory it reads and writes each time."""
 
     graph: devices.Graph
-    batches: Sequence[Batch]
+    batches: Sequence[Tensor]  # the buffers of its own
     learning_rate: Tensor
     result: StepResult
 
@@ -119,11 +119,11 @@ class Steps:
         graph = devices.Graph()
         with graph.recording():
             result = train_step(self.run, own, learning_rate=learning_rate)
-        return _Recorded(graph, own, learning_rate, result)
+        return _Recorded(graph, [batch.buffer() for batch in own], learning_rate, result)
 
     def _replay(self, recorded: _Recorded, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         for own, batch in zip(recorded.batches, batches, strict=True):
-            own.copy_(batch)
+            own.copy_(batch.buffer(), non_blocking=True)
         recorded.learning_rate.fill_(learning_rate)
         self.before_update()
         recorded.graph.replay()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pentode.parallel.batch import IGNORE, Batch, batch_of
+from pentode.parallel.batch import IGNORE, Batch, batch_of, batches_of
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 6))  # sequences, tokens of each
 NAMES = ("tokens", "labels", "positions", "samples")
@@ -41,7 +41,8 @@ def storages(batch: Batch) -> set[int]:
 
 @given(SIZES, st.booleans())
 def test_a_packed_batch_is_the_same_in_one_buffer_of_its_own(sizes: tuple[int, int], masked: bool) -> None:
-    batch = a_batch(sizes, masked=masked)
+    batch = own(a_batch(sizes, masked=masked))
+    assert batch.valid() == (batch.labels != IGNORE).sum()
     before = copies(batch)
     packed = batch.packed()
     assert same(packed, before)
@@ -58,7 +59,7 @@ def test_a_packed_batch_is_the_same_in_one_buffer_of_its_own(sizes: tuple[int, i
 
 @given(SIZES)
 def test_a_batch_moves_in_one_copy(sizes: tuple[int, int]) -> None:
-    for batch in (a_batch(sizes), a_batch(sizes).packed()):
+    for batch in (own(a_batch(sizes)), a_batch(sizes)):
         assert batch.to(CPU) is batch
         moved = batch.to(META)
         assert [field.shape for field in fields(moved)] == [field.shape for field in fields(batch)]
@@ -69,15 +70,12 @@ def test_a_batch_moves_in_one_copy(sizes: tuple[int, int]) -> None:
 
 @given(SIZES, st.sampled_from(NAMES), st.booleans())
 def test_what_is_replaced_is_what_is_copied(sizes: tuple[int, int], name: str, packed: bool) -> None:
-    batch = a_batch(sizes).packed() if packed else a_batch(sizes)
+    batch = a_batch(sizes) if packed else own(a_batch(sizes))
     new = getattr(batch, name) + 1000
     changed = replace(batch, **{name: new})
     want = [new if name == other else getattr(batch, other) for other in NAMES]
     assert torch.equal(changed.buffer(), torch.cat(want))
     assert same(changed.packed(), want)
-    into = a_batch(sizes, seed=1).packed()
-    into.copy_(changed)
-    assert same(into, want)
 
 
 VIEWS = {
@@ -102,27 +100,30 @@ def test_labels_that_are_another_view_of_the_buffer_are_copied_as_they_are(view:
 
 @given(SIZES, st.integers(0, 3))
 def test_a_buffer_may_lie_anywhere_in_its_memory(sizes: tuple[int, int], first: int) -> None:
-    packed, other = a_batch(sizes).packed(), a_batch(sizes, seed=1)
+    packed = a_batch(sizes).packed()
     memory = torch.cat([torch.full((first,), -1), packed.buffer(), torch.full((2,), -1)])
     parts = memory[first:-2].split([field.numel() for field in fields(packed)])
     batch = Batch(*parts)
     assert torch.equal(batch.buffer(), packed.buffer())
-    batch.copy_(other)
-    assert same(batch, copies(other))
+    batch.buffer().copy_(a_batch(sizes, seed=1).buffer())
+    assert same(batch, copies(a_batch(sizes, seed=1)))
     assert memory[:first].tolist() + memory[-2:].tolist() == [-1] * (first + 2)
 
 
-@given(SIZES, st.booleans(), st.booleans())
-def test_a_batch_takes_the_values_of_another(sizes: tuple[int, int], packed: bool, other_packed: bool) -> None:
-    batch, other = a_batch(sizes), a_batch(sizes, seed=1, masked=True)
-    batch, other = batch.packed() if packed else own(batch), other.packed() if other_packed else other
-    tokens = batch.tokens
-    batch.copy_(other)
-    assert same(batch, copies(other))
-    assert batch.tokens is tokens
-    assert batch.valid() == (other.labels != IGNORE).sum()
-    other.tokens.fill_(-1)
-    assert (batch.tokens >= 0).all(), "it has its own memory"
+@given(SIZES, st.integers(1, 4))
+def test_many_micro_batches_are_those_made_one_by_one(sizes: tuple[int, int], count: int) -> None:
+    sequences, length = sizes
+    rows = torch.randint(100, (count, sequences, length + 1), generator=torch.Generator().manual_seed(0))
+    samples = torch.arange(count * sequences).view(count, sequences)
+    batches = batches_of(rows, samples=samples)
+    assert len({storage for batch in batches for storage in storages(batch)}) == 1
+    for batch, own, numbers in zip(batches, rows, samples, strict=True):
+        assert same(batch, copies(batch_of(own, samples=numbers)))
+        assert torch.equal(batch.tokens.view(sequences, length), own[:, :-1])
+        assert torch.equal(batch.labels.view(sequences, length), own[:, 1:])
+        assert batch.positions.view(sequences, length).tolist() == [list(range(length))] * sequences
+        assert torch.equal(batch.samples, numbers)
+        assert torch.equal(batch.buffer(), torch.cat(fields(batch)))
 
 
 def own(batch: Batch) -> Batch:
