@@ -3,7 +3,7 @@
 usage: python -m benchmarks.gpu [--only NAME ...] [--set KEY=VALUE ...] [--out FOLDER] [--no-trace] [--no-peer]
 
 Each run is a process of its own, training as `pentode train` does: real optimizer, clipping, data order, records. Speed
-is the median of its iteration lines after the first ten steps; then a few steps more are traced, of models whose steps
+is the median of its iteration lines after a warm-up; then a few steps more are traced, of models whose steps
 are replayed as the launch of each kernel. Everything is printed, and written to FOLDER/gpu.jsonl. Without --only, the
 runs of as many GPUs as there are, or fewer. 8B with all states takes more than 80 GB a GPU, 8B16 is half of its layers.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, WARM_UP, Case
+from benchmarks.shapes import CASES, EVERY, LLAMA, SEQUENCE, Case
 
 PEER = Path(__file__).with_name("titan.py")
 FIRST = {"pentode": re.compile(r"iteration: 1 /"), "torchtitan": re.compile(r"step:\s*1\s")}
@@ -114,7 +114,7 @@ def run_titan(case: Case, log: Path) -> Figures:
     first = _logged(_launched(case.gpus, command, torchrun=True), log, FIRST["torchtitan"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     rows = re.findall(r"step:\s*(\d+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+).*?mfu:\s*([\d.]+)%", text)
-    rows = [row for row in rows if int(row[0]) > WARM_UP]
+    rows = [row for row in rows if int(row[0]) > case.warm_up]
     if not rows:
         return Figures("torchtitan, failed", first_step_s=first)
     speed = statistics.median(float(row[2].replace(",", "")) for row in rows)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch.profiler import record_function
 
-from benchmarks.shapes import CASES, EVERY, WARM_UP, config_of
+from benchmarks.shapes import CASES, config_of
 from benchmarks.trace import breakdown, traced
 from pentode.config.load import load_config
 from pentode.nn import causal_lm
@@ -35,14 +35,14 @@ def main() -> None:
     where: dict[str, Any] = {}
     start(load_config(file, asked.changes), at_end=[lambda run, _: where.update(_trace(run))] if asked.trace else [])
     if first:
-        (asked.folder / "figures.json").write_text(json.dumps(_figures(asked.folder / "run") | where))
+        figures = _figures(asked.folder / "run", warm_up=CASES[asked.name].warm_up)
+        (asked.folder / "figures.json").write_text(json.dumps(figures | where))
 
 
-def _figures(folder: Path) -> dict[str, float]:
-    """Medians over the iteration lines after the warm-up, but the last, whose steps had no other behind them."""
+def _figures(folder: Path, *, warm_up: int) -> dict[str, float]:
+    """Medians over the iteration lines after the warm-up."""
     records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = records[-1]["step"] - EVERY
-    records = [record for record in records if WARM_UP < record["step"] <= ends]
+    records = [record for record in records if record["step"] > warm_up]
     lines = {
         "tokens_per_second": "tokens_per_sec_per_gpu",
         "step_ms": "elapsed_time_per_iteration_ms",

@@ -12,7 +12,7 @@ LLAMA = {
 }
 VOCABULARY = 128256
 STEPS, WARM_UP, EVERY = 40, 10, 5  # steps of a run, of these not counted, and between iteration lines
-SHORT = 22  # steps of a run whose steps are long
+SHORT = {"steps": 15, "warm_up": 5}  # of a run whose steps are long
 SEQUENCE = 4096
 RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
@@ -21,7 +21,8 @@ RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 class Case:
     """A run: shape, sequences of a micro-batch, what differs from one GPU's defaults, and torchtitan's options for it.
 
-    steps              of the run, the first WARM_UP of them not counted
+    steps              of the run
+    warm_up            how many of them are not counted, the first ones
     titan              options of torchtitan beside the common ones; None where it is not run beside us
     titan_micro_batch  its own best, if that is another; it does as many sequences a step as ours
     """
@@ -34,6 +35,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
     steps: int = STEPS
+    warm_up: int = WARM_UP
     titan: tuple[str, ...] | None = None
     titan_micro_batch: int | None = None
 
@@ -51,9 +53,9 @@ CASES = {
     "8B8 best": Case("8B8", 6, titan=NO_RECOMPUTATION, titan_micro_batch=3),
     "1B float8": Case("1B", 4, model={"float8": "tensorwise"}),
     "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
-    "1B x8": Case("1B", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
-    "8B8 x8": Case("8B8", 4, micro_batches=8, steps=SHORT, titan=NO_RECOMPUTATION),
-    "1B best x8": Case("1B", 8, micro_batches=4, steps=SHORT, titan=NO_RECOMPUTATION, titan_micro_batch=4),
+    "1B x8": Case("1B", 4, micro_batches=8, **SHORT, titan=NO_RECOMPUTATION),
+    "8B8 x8": Case("8B8", 4, micro_batches=8, **SHORT, titan=NO_RECOMPUTATION),
+    "1B best x8": Case("1B", 8, micro_batches=4, **SHORT, titan=NO_RECOMPUTATION, titan_micro_batch=4),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2, steps=500),
 }
@@ -84,7 +86,7 @@ TWO_GPUS = {
     ),
 }
 CASES |= {  # whole where a card has 141 GB, half of the layers where it has 80
-    f"{shape} {name}": replace(case, shape=shape, steps=SHORT)
+    f"{shape} {name}": replace(case, shape=shape, **SHORT)
     for shape in ("8B", "8B16")
     for name, case in TWO_GPUS.items()
 }
