@@ -6,10 +6,11 @@ Nothing is trusted before its checksum is right; names cannot leave the folder; 
 import re
 import secrets
 import stat
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pentode import log
 from pentode.checkpoint import storage
@@ -19,6 +20,7 @@ from pentode.errors import CheckpointError
 MANIFEST_LIMIT = 64 * 2**20  # bytes
 HF_FOLDERS = "hf"  # in a run's folder: Hugging Face folders of its checkpoints, by step
 HEADER_LIMIT = 100 * 2**20  # bytes, as in the safetensors library
+SQUEEZE = 1  # how hard headers are compressed: the least gives a tenth already
 TENSOR_FILE = re.compile(r"([a-z0-9_]+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)  # group, number, count
 
 
@@ -33,14 +35,34 @@ class DamagedError(CheckpointError):
 Damages = dict[Path, DamagedError]  # of checkpoints, by their folders
 
 
+class Header(NamedTuple):
+    """A tensor file's header, as it is kept and sent: where the file's data begins, and the JSON before it."""
+
+    begin: int
+    packed: bytes
+
+    @classmethod
+    def pack(cls, begin: int, text: bytes) -> "Header":
+        """Compress it: names and numbers of thousands of boxes, much alike."""
+        return cls(begin, zlib.compress(text, SQUEEZE))
+
+    def unpack(self) -> tuple[int, bytes]:
+        """What was packed."""
+        return self.begin, zlib.decompress(self.packed)
+
+
 @dataclass
 class Checkpoint:
-    """An open checkpoint. Its files are checked when they are first read, or all at once by `verify`."""
+    """An open checkpoint. Its files are checked when they are first read, or all at once by `verify`.
+
+    heard  headers of tensor files that another rank may have read, by name
+    """
 
     folder: Path
     manifest: Manifest
     state: dict[str, Any] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
+    heard: dict[str, Header] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -110,6 +132,8 @@ class Checkpoint:
 
     def header(self, name: str, *, prove: bool = True) -> tuple[int, bytes]:
         """Where a tensor file's data begins, and the JSON before it; without `prove` nothing is known to be right."""
+        if name in self.heard:
+            return self.heard[name].unpack()
         if prove:
             self.prove(name)
         else:

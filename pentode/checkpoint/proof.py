@@ -1,12 +1,13 @@
-"""Checkpoints that all ranks prove together: each file is read by one of them, and all hear what it found.
+"""Checkpoints that all ranks prove and open together: each file is read by one of them, and all hear what it found.
 
-A thousand ranks that each read everything would read a checkpoint a thousand times from the disk that they share.
+A thousand ranks that each read everything would read a checkpoint a thousand times from the disk that they share, and
+open a million files for the headers alone.
 Every rank must call these, and what one of them raises all raise. What the first rank sees decides: a checkpoint in
 which others alone find fault is no damaged one, but in a folder that they see otherwise, or on a broken machine.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from pentode.checkpoint import storage
 from pentode.checkpoint.folder import (
     Checkpoint,
     DamagedError,
+    Header,
     first_whole,
     set_aside,
     steps,
@@ -67,6 +69,14 @@ def open_together(folder: Path, world: Axis) -> Checkpoint:
     return checkpoint
 
 
+def hear_headers(checkpoint: Checkpoint, groups: Sequence[str], world: Axis) -> None:
+    """Have the headers of these groups' tensor files on every rank, each file opened by one; raises CheckpointError."""
+    files = together(lambda: {name for group in groups for name in checkpoint.files_of(group)}, world)
+    found = _each_on_one_rank(checkpoint, files, lambda name: Header.pack(*checkpoint.header(name)), world)
+    checkpoint.proven.update(files)
+    checkpoint.heard.update(found)
+
+
 def shares(files: Mapping[str, FileFacts], ranks: int) -> list[list[str]]:
     """Which files each rank reads: each is one rank's, and all read about as many bytes."""
     found: list[list[str]] = [[] for _ in range(ranks)]
@@ -102,27 +112,39 @@ def _in_words(names: Sequence[str]) -> str:
 
 def _prove(checkpoint: Checkpoint, world: Axis) -> None:
     """Compare every file with the manifest, each on one rank."""
-    own = shares(checkpoint.manifest.files, world.size)[world.rank]
-    found = gather_objects(together_at_length(lambda: _first_damage(checkpoint, own), world), world)
-    rank, damage = next(((rank, one) for rank, one in enumerate(found) if one is not None), (0, None))
-    if damage is None:
-        checkpoint.proven.update(checkpoint.manifest.files)
-        return
-    name, error = damage
-    if rank == 0:
+    files = checkpoint.manifest.files
+    _each_on_one_rank(checkpoint, files, checkpoint.prove, world)
+    checkpoint.proven.update(files)
+
+
+def _each_on_one_rank(
+    checkpoint: Checkpoint, names: Collection[str], work: Callable[[str], T], world: Axis
+) -> dict[str, T]:
+    """What the work gives for each of these files, on the rank that reads it; all raise what damage it found."""
+    own = [name for name in shares(checkpoint.manifest.files, world.size)[world.rank] if name in names]
+    found = gather_objects(together_at_length(lambda: _until_damaged(work, own), world), world)
+    for rank, (_, damage) in enumerate(found):
+        if damage is None:
+            continue
+        name, error = damage
+        if rank > 0:
+            on_first_at_length(lambda name=name: work(name), world)
+            raise _seen_otherwise(error, rank)
         raise on_all_ranks(error)
-    on_first_at_length(lambda: checkpoint.prove(name), world)
-    raise _seen_otherwise(error, rank)
+    return {name: result for results, _ in found for name, result in results.items()}
 
 
-def _first_damage(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str, DamagedError] | None:
-    """The first of these files that is not what the manifest says, and how."""
+def _until_damaged(
+    work: Callable[[str], T], names: Sequence[str]
+) -> tuple[dict[str, T], tuple[str, DamagedError] | None]:
+    """What the work gives for these files, and the first in which it finds damage."""
+    results: dict[str, T] = {}
     for name in names:
         try:
-            checkpoint.prove(name)
+            results[name] = work(name)
         except DamagedError as error:
-            return name, error
-    return None
+            return {}, (name, error)
+    return results, None
 
 
 def _first_decides(work: Callable[[], T], world: Axis) -> T:

@@ -10,7 +10,7 @@ import torch
 
 from pentode import device as devices
 from pentode import log
-from pentode.checkpoint.proof import find_together
+from pentode.checkpoint.proof import find_together, hear_headers
 from pentode.config.kinds.init import ExistingCheckpointInit, RandomInit
 from pentode.config.schema import Config
 from pentode.dist.collectives import gather_objects
@@ -196,10 +196,12 @@ def initialise_weights(run: Run) -> None:
 
 
 def _opened(run: Run, path: Path) -> Existing:
-    """Existing weights, opened on every rank; a checkpoint's files are each compared with their checksums by one."""
+    """Existing weights, opened on every rank; a checkpoint's files are each proven and opened by one."""
     world = run.mesh.world
     kind = gather_objects(on_first(lambda: kind_of(path), world), world)[0]
     checkpoint = find_together(path, world) if kind == PENTODE else None
+    if checkpoint is not None:
+        hear_headers(checkpoint, checkpoint.groups(), world)
     return together(lambda: source_of(run.config, path, checkpoint=checkpoint), world)
 
 

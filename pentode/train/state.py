@@ -11,6 +11,7 @@ from pentode import log
 from pentode.checkpoint.folder import Checkpoint
 from pentode.checkpoint.layout import Saved, share_of
 from pentode.checkpoint.load import MASTER, global_shapes, read_tensors
+from pentode.checkpoint.proof import hear_headers
 from pentode.config.dump import to_yaml
 from pentode.dist.together import together
 from pentode.errors import CheckpointError
@@ -83,6 +84,7 @@ def restore(run: Run, checkpoint: Checkpoint, *, optimizer: bool = True, counts:
     """
     log.info(f"Loading weights from {checkpoint.folder}")
     names = names_of_model(run.stages, run.mesh)
+    hear_headers(checkpoint, ["weights", "optimizer"] if optimizer else ["weights"], run.mesh.world)
     together(lambda: _read(run, checkpoint, names, optimizer=optimizer), run.mesh.world)
     if optimizer:
         run.optimizer.updates.fill_(checkpoint.state["updates"])
