@@ -71,7 +71,15 @@ class RankHandler(logging.Handler):
         prefix = f"{clock} [{record.levelname}|{self.place}]"
         if colour:
             prefix = f"{COLOURS.get(record.levelno, ERROR_COLOUR)}{prefix}{RESET}"
-        return "\n".join(f"{prefix}: {line}" for line in printable(record.getMessage()).split("\n"))
+        return "\n".join(f"{prefix}: {line}" for line in self._printable(record))
+
+    @staticmethod
+    def _printable(record: logging.LogRecord) -> list[str]:
+        """The message's lines; worked out once for all handlers."""
+        lines: list[str] | None = getattr(record, "printable", None)
+        if lines is None:
+            lines = record.printable = printable(record.getMessage()).split("\n")
+        return lines
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +142,7 @@ def error(message: str) -> None:
 def all_ranks(message: str, *, level: str = "info") -> None:
     """Print on every rank that calls it, if its own level lets it."""
     _handler()
-    LOGGER.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
+    _log(message, logging.getLevelNamesMapping()[level.upper()])
 
 
 def once(message: str, *, key: str | None = None, level: str = "warning") -> None:
@@ -197,12 +205,18 @@ def human(x: float) -> str:
     while abs(x) >= 1000 and power < len(SIZES) - 1:
         x /= 1000
         power += 1
-    return f"{x:f}".rstrip("0").rstrip(".") + SIZES[power]
+    return (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}") + SIZES[power]
 
 
 def _say(message: str, level: int) -> None:
     if _handler().rank == 0:
-        LOGGER.log(level, "%s", message)
+        _log(message, level)
+
+
+def _log(message: str, level: int) -> None:
+    """Hand a record to the handlers; `LOGGER.log` would look up the calling line first, which no handler prints."""
+    if LOGGER.isEnabledFor(level):
+        LOGGER.handle(logging.LogRecord(LOGGER.name, level, "", 0, message, None, None))
 
 
 def _handler() -> RankHandler:

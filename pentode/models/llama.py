@@ -15,7 +15,7 @@ from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
-from pentode.ops.activation import ACTIVATIONS
+from pentode.ops.activation import gated
 from pentode.ops.linear import Float8
 from pentode.ops.rope import frequencies, scale_llama3
 from pentode.parallel.loss import Vocab
@@ -27,13 +27,12 @@ class MLP(nn.Module):
 
     def __init__(self, c: LlamaConfig, place: Place) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[c.hidden_act]
+        self.activation = c.hidden_act
         self.gate_up = ColumnLinear(c.width, (c.ffn_width, c.ffn_width), place=place)
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=1)  # [T, F] each
-        return self.down(self.activation(gate) * up)
+        return self.down(gated(self.gate_up(x), self.activation))
 
 
 class Block(nn.Module):

@@ -48,10 +48,12 @@ def kernels(config: Config, device: torch.device) -> Kernels:
     """The kernels that the config asks for."""
     if not is_wanted(config, device):
         return Kernels()
-    return Kernels(
-        loss=Passes(*(torch.compile(one, fullgraph=True, options=IN_PLACE) for one in TO_COMPILE)),
-        update=torch.compile(update_, fullgraph=True, dynamic=True),
-    )
+    loss = Passes(*(torch.compile(one, fullgraph=True, options=IN_PLACE) for one in TO_COMPILE))
+    if devices.is_gpu(device) and config.model.dtype != "float64":
+        from pentode.ops.cross_entropy_kernel import statistics
+
+        loss = loss._replace(statistics=statistics)
+    return Kernels(loss, update=torch.compile(update_, fullgraph=True, dynamic=True))
 
 
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:

@@ -15,7 +15,6 @@ from pentode.metrics.meter import Meter, Work
 from pentode.metrics.peak_flops import peak_flops
 from pentode.metrics.sinks import Sinks
 from pentode.run.build import Run
-from pentode.train.step import StepResult
 
 MOMENT = 0.1  # seconds for which what was seen of a GPU's memory is good enough
 FIRST_STEPS = 5  # the steps before this one print memory and disk, as Nanotron's do
@@ -23,12 +22,12 @@ FIRST_STEPS = 5  # the steps before this one print memory and disk, as Nanotron'
 
 @dataclass(frozen=True)
 class Done:
-    """One finished step: what the host knows of it, and what only the device knows."""
+    """One finished step: what the host knows of it, and its loss and norm, on their way from the device."""
 
     step: int
     learning_rate: float
     consumed_tokens: int
-    result: StepResult
+    numbers: devices.Fetched
 
 
 class Journal:
@@ -44,7 +43,6 @@ class Journal:
             world_size=run.world.size,
             peak_flops=peak_flops(devices.name(run.device)),
         )
-        self._numbers: list[devices.Fetched] = []  # loss and norm of each step kept
         self._work_of: dict[int, Work] = {}  # by sequence length
         self._seen: tuple[float, devices.Memory] | None = None  # what a GPU's memory held, and when
         self._wanted = 0  # how many of the steps kept are to be written when the device is busy with another
@@ -52,8 +50,7 @@ class Journal:
     def add(self, done: Done) -> None:
         """Keep a step until its record is written; those that were wanted before it are now."""
         self.done.append(done)
-        self._numbers.append(devices.fetch(done.result.numbers))
-        self.meter.step_ended(self._numbers[-1].arrived)
+        self.meter.step_ended(done.numbers.arrived)
         if self._wanted:
             self._flush(self._wanted)
 
@@ -90,11 +87,11 @@ class Journal:
         self._wanted = 0
         if not count:
             return
-        rows = [numbers.wait() for numbers in self._numbers[:count]]
+        rows = [done.numbers.wait() for done in self.done[:count]]
         good = next((i for i, row in enumerate(rows) if not all(map(math.isfinite, row))), count)
         if good > 0:
             self._write(rows[:good], self.done[:count], val_loss=val_loss if good == count else None)
-        self.done, self._numbers = self.done[good:], self._numbers[good:]
+        self.done = self.done[good:]
         if good < count:
             loss, norm = rows[good]
             step = self.done[0].step

@@ -118,7 +118,7 @@ def one_step(run: Run, state: TrainState, steps: Steps) -> Done:
     )
     result = steps.do(batches, learning_rate=rate)
     state.advance(run)
-    return Done(step, rate, state.consumed_tokens, result)
+    return Done(step, rate, state.consumed_tokens, devices.fetch(result.numbers))
 
 
 def validate(run: Run, state: TrainState, stop: StopSignal) -> float | None:

@@ -41,6 +41,7 @@ class Steps:
         self.run, self.before_update = run, before_update
         self._left = WARM_UP
         self._recorded: _Recorded | None = None
+        self._rate: float | None = None  # that the recorded step reads
         self._given_anew: devices.Watch | None = None
         self._replayed: devices.Watch | None = None
         gpu, asked = devices.is_gpu(run.device), run.config.model.cuda_graph
@@ -54,7 +55,7 @@ class Steps:
         self._last: Sequence[Batch] | None = None
 
     def do(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
-        """The next step, of batches that are still with the host."""
+        """The next step, of batches that are still with the host. Its numbers stay until the next one begins."""
         if self._last is not None and not _alike(self._last, batches):  # a stage with other lengths begins
             self._recorded, self._left, self._asked = None, WARM_UP, self._wanted
             self._given_anew = self._replayed = None
@@ -114,6 +115,7 @@ class Steps:
 
     def _record(self, batches: Sequence[Batch]) -> _Recorded:
         log.info("Recording a step, to replay it from here on")
+        self._rate = None
         own = [batch.to(self.run.device).packed() for batch in batches]
         learning_rate = torch.zeros((), dtype=torch.float64, device=self.run.device)
         graph = devices.Graph()
@@ -124,10 +126,12 @@ class Steps:
     def _replay(self, recorded: _Recorded, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         for own, batch in zip(recorded.batches, batches, strict=True):
             own.copy_(batch.buffer(), non_blocking=True)
-        recorded.learning_rate.fill_(learning_rate)
+        if learning_rate != self._rate:
+            recorded.learning_rate.fill_(learning_rate)
+            self._rate = learning_rate
         self.before_update()
         recorded.graph.replay()
-        return StepResult(recorded.result.numbers.clone())
+        return recorded.result
 
 
 def _alike(some: Sequence[Batch], others: Sequence[Batch]) -> bool:

@@ -1,7 +1,7 @@
 """Records of steps: their speed is that of the stage they belong to, and a bad step hides no good one."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ from pentode.metrics.record import Record
 from pentode.metrics.sinks import Sinks
 from pentode.train import journal as journals
 from pentode.train.journal import Done, Journal
-from pentode.train.step import StepResult
 from tests.helpers.tiny import rows, tiny_config, tiny_dict, tiny_yaml
 
 FIRST_LENGTH, NEXT_LENGTH, NEXT_START = 16, 8, 3  # tokens of a sequence, before and from that step on
@@ -67,7 +66,7 @@ def a_journal(folder: Path, **changes: object) -> tuple[Journal, list[Record]]:
 
 
 def a_step(step: int, *, loss: float = 2.0, norm: float = 1.0) -> Done:
-    return Done(step, 1e-3, 128 * step, StepResult(torch.tensor([loss, norm])))
+    return Done(step, 1e-3, 128 * step, devices.fetch(torch.tensor([loss, norm])))
 
 
 def per_step(record: Record, name: str) -> float:
@@ -114,12 +113,12 @@ def test_a_gpus_memory_is_looked_at_once_in_a_moment(tmp_path: Path, monkeypatch
     journal, records = a_journal(tmp_path)
     journal.meter.start(At(0.0))
     now, seen = [100.0], iter(range(1, 10))
+    steps = [replace(a_step(step), numbers=Fetched(torch.ones(2), At(0.0))) for step in range(1, 5)]
     monkeypatch.setattr(journals, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(journals.devices, "is_gpu", lambda device: True)
-    monkeypatch.setattr(journals.devices, "fetch", lambda numbers: Fetched(numbers, At(0.0)))
     monkeypatch.setattr(journals.devices, "memory", lambda device: journals.devices.Memory(next(seen), 0, 0))
-    for step in range(1, 5):
-        journal.add(a_step(step))
+    for step in steps:
+        journal.add(step)
         journal.flush()
         now[0] += journals.MOMENT * 0.6
     assert [record.cuda_memory_allocated for record in records] == [1, 1, 2, 2]
@@ -196,10 +195,8 @@ def test_all_steps_of_a_device_beside_the_host_have_its_time_the_last_too(tmp_pa
     """The last record is written when its step is done, those before it under the next step, when that was given."""
     journal, records = a_journal(tmp_path)
     journal.meter.start(At(0.0))
-    ends = iter((1.0, 2.0, 3.0))
-    journals.devices.fetch = lambda numbers: Fetched(numbers, At(next(ends)))
     for step in (1, 2, 3):
-        journal.add(a_step(step))
+        journal.add(replace(a_step(step), numbers=Fetched(torch.ones(2), At(float(step)))))
         journal.want()
     journal.flush()
     assert [record.elapsed_time_per_iteration_ms for record in records] == pytest.approx([1000, 1000, 1000])

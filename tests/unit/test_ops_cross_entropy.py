@@ -102,3 +102,16 @@ def test_products_are_added_up_in_float32_and_rounded_once(dtype: torch.dtype, c
     torch.testing.assert_close(
         got, want, rtol=0 if dtype == torch.bfloat16 else None, atol=0 if dtype == torch.bfloat16 else None
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "held"), [(50304, 50257), (4096, 4096), (40, 7)])
+def test_the_kernel_has_the_plain_statistics(rows: int, held: int, dtype: torch.dtype) -> None:
+    from pentode.ops.cross_entropy_kernel import statistics
+
+    logits = inputs(9, rows, held, dtype=dtype)[0].cuda()
+    for got, want in zip(statistics(logits, held), PLAIN.statistics(logits, held), strict=True):
+        torch.testing.assert_close(got, want)
+    logits[3, held // 2] = torch.nan
+    assert statistics(logits, held)[1].isnan().nonzero().flatten().tolist() == [3]

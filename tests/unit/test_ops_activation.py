@@ -1,0 +1,57 @@
+"""Gated nonlinearities: the backward that a GPU's kernel computes is autograd's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pentode.ops import activation
+from pentode.ops.activation import ACTIVATIONS, gated, swiglu_backward
+
+
+def operands(tokens: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient [T, F] and [gate, up] [T, 2F]."""
+    generator = torch.Generator().manual_seed(0)
+    grad, gate_up = (torch.randn(tokens, n, generator=generator) for n in (features, 2 * features))
+    return grad.to(dtype), (4 * gate_up).to(dtype)
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_the_first_half_is_the_gate(name: str) -> None:
+    gate_up = operands(5, 3, torch.float64)[1]
+    torch.testing.assert_close(gated(gate_up, name), ACTIVATIONS[name](gate_up[:, :3]) * gate_up[:, 3:])
+
+
+def test_the_backward_of_swiglu_is_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation.devices, "is_gpu", lambda device: False)
+    gate_up = operands(5, 3, torch.float64)[1].requires_grad_()
+    assert torch.autograd.gradcheck(activation._SwiGLU.apply, (gate_up,))
+    torch.testing.assert_close(activation._SwiGLU.apply(gate_up), gated(gate_up, "silu"))
+
+
+def test_the_backward_is_an_operator_that_compiles() -> None:
+    torch.library.opcheck(swiglu_backward, operands(5, 3, torch.float32), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_compiled_gate_has_the_gradient_of_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, gate_up = operands(7, 16, torch.float64)
+    found = []
+    for run in (lambda x: gated(x, "silu"), torch.compile(activation._SwiGLU.apply, fullgraph=True)):
+        x = gate_up.clone().requires_grad_()
+        run(x).backward(grad)
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "features"), [(3, 2048), (65, 5000), (1, 24)])
+def test_the_kernel_is_the_plain_form(tokens: int, features: int, dtype: torch.dtype) -> None:
+    grad, gate_up = (x.cuda() for x in operands(tokens, features, dtype))
+    x = gate_up.float().requires_grad_()
+    gate, up = x.chunk(2, dim=1)
+    (F.silu(gate) * up).backward(grad.float())
+    torch.testing.assert_close(swiglu_backward(grad, gate_up), x.grad.to(dtype))
+    y = gate_up.clone().requires_grad_()
+    gated(y, "silu").backward(grad)
+    assert torch.equal(y.grad, swiglu_backward(grad, gate_up))
