@@ -236,12 +236,12 @@ class Trainer:
         if state.order_keys.get(feed.stage.name, feed.order_key) != feed.order_key:
             raise ConfigError([f"checkpoint_dir: the run in {root} was trained on another text; use another folder"])
         try:
-            self._train(run, state, root)
+            self._train(run, state, root, saved=checkpoint is not None)
         finally:
             feed.close()
             self.model.core.load_state_dict(core.state_dict())
 
-    def _train(self, run: Run, state: TrainState, root: Path) -> None:
+    def _train(self, run: Run, state: TrainState, root: Path, *, saved: bool) -> None:
         if state.step >= self.config.max_iters:
             print(f"iter {state.step}: complete; raise config.max_iters to go on")
             return
@@ -254,7 +254,7 @@ class Trainer:
             sinks.start({})
             try:
                 with stop.until_saved():
-                    train(run, state, root=root, sinks=sinks, stop=stop, after_save=views)
+                    train(run, state, root=root, sinks=sinks, stop=stop, saved=saved, after_save=views)
             finally:
                 sinks.close("closed")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pentode import device as devices
 from pentode import log
-from pentode.dist.collectives import gather_objects
 from pentode.metrics.sinks import Sinks
 from pentode.optim.schedule import learning_rate
 from pentode.run.build import Run, memory_line
@@ -30,17 +29,20 @@ def train(
     root: Path,
     sinks: Sinks,
     stop: StopSignal,
+    saved: bool = False,
     before_save: BeforeSave | None = None,
     after_save: Sequence[Callable[[Path], object]] = (),
     published: Sequence[Published] = (),
 ) -> None:
     """Train from `state` to the last step; checkpoints go to `root`. Raises Preempted when `stop` was asked, saved.
 
+    saved        `state` is that of a checkpoint of this run, which may be in a store and here no more
     before_save  called on all ranks with the step, and returns when it may be saved
     after_save   called with `root` when a checkpoint was begun, and the records so far are written
     published    called with the folder of each checkpoint that is there, in the thread that wrote it
     """
     with Saver(run, root, stop, published=published) as saver, Collector() as collector:
+        saver.last = state.step if saved else None
         _train(run, state, saver, sinks, before_save, after_save, collector)
 
 
@@ -56,8 +58,6 @@ def _train(
     checkpoints, last, root, stop = run.config.checkpoints, run.config.tokens.train_steps, saver.root, saver.stop
     announce(run, state)
     journal, steps = Journal(run, sinks, root), Steps(run, before_update=saver.before_update)
-    there = gather_objects((root / str(state.step)).is_dir(), run.mesh.world)[0]  # one answer for all ranks
-    saver.last = state.step if there else None
 
     def save(*, finally_: bool = False) -> None:
         if saver.last != state.step:

@@ -130,6 +130,7 @@ def _train_in(
         return
     log.info("Config:\n" + pformat(config, width=120, indent=1))
     log.info("Model Config:\n" + pformat(config.model.model_config, width=120, indent=1))
+    own = checkpoint is not None and checkpoint.folder.parent == root
     run, state = _run(config, here, checkpoint, root)
     give_back(root, run.mesh.world)
     check_room(run, state, root)
@@ -141,7 +142,7 @@ def _train_in(
     try:
         with stop.until_saved():
             hooks = {"after_save": after_save, "published": published} if here.rank == 0 else {}
-            train(run, state, root=root, sinks=sinks, stop=stop, before_save=copies.wait_for_place, **hooks)
+            train(run, state, root=root, sinks=sinks, stop=stop, saved=own, before_save=copies.wait_for_place, **hooks)
             if config.uploads and stop.asked_anywhere(run.mesh.world, step=state.step, now=True)[0]:
                 raise stop.error(f"complete at step {state.step}, and not all is in the store")
         status = "done"
