@@ -23,6 +23,14 @@ FAREWELL = 5.0  # seconds for the thread to drop an upload in parts
 AFTER_FAILURE = 0.0  # seconds of patience with a store that could not take the last checkpoint: one try
 
 
+def most_waiting(*, folders: bool) -> int:
+    """How many checkpoints that are sent and removed may be here when another is saved, as `has_place` allows it.
+
+    folders  some stay until their Hugging Face folders are in the store, too
+    """
+    return PLACES + (FOLDERS if folders else 0)
+
+
 class Uploader:
     """Sends each checkpoint of `root` that the store lacks, the oldest first, until it is closed.
 

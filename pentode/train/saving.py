@@ -16,6 +16,7 @@ from pentode.checkpoint.background import Background, HostCache, Snapshot
 from pentode.checkpoint.folder import steps
 from pentode.checkpoint.keep import prune
 from pentode.checkpoint.save import save, size_of
+from pentode.checkpoint.upload import most_waiting
 from pentode.config.schema import CheckpointsArgs, Config
 from pentode.dist.board import Cancelled
 from pentode.dist.collectives import beside, gather_objects, max_
@@ -242,18 +243,28 @@ def check_room(run: Run, state: TrainState, root: Path) -> None:
     def look() -> None:
         with storage.explained(root):
             free = shutil.disk_usage(root).free
-        kept = 1 if goes else c.keep_last or 1
+        kept = _beside_another(c, place)
         count = max(1, min(to_come, kept + 1 - min(kept, len(steps(root)))))
         if count * size > free:
+            elsewhere = "staging_path" if place is not None and place.is_the_run else "checkpoints_path"
             raise StorageError(
                 f"{root}: checkpoints of {size:,} bytes, {count} more of which must fit at a time, but {free:,} bytes "
-                "are free; remove files, point checkpoints.checkpoints_path at another disk, or set "
+                f"are free; remove files, point checkpoints.{elsewhere} at another disk, or set "
                 "checkpoints.check_free_space to false"
             )
         if c.keep_last is None and not goes and to_come * size > free:
             log.warning(f"{root}: of {to_come} checkpoints to come {free // size} fit on the disk; set keep_last")
 
     on_first(look, world)
+
+
+def _beside_another(c: CheckpointsArgs, place: Place | None) -> int:
+    """How many checkpoints may stand in the run's folder while another is saved; 1 where all stay."""
+    if place is not None and place.remove:
+        return most_waiting(folders=c.save_hf)
+    if c.keep_last is None:
+        return 1
+    return c.keep_last + (0 if place is None else most_waiting(folders=False))  # what is not sent is not pruned
 
 
 def saves_to_come(config: Config, step: int) -> int:
