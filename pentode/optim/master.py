@@ -16,6 +16,7 @@ from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
 from pentode.optim.layout import Layout, block_of
 
+TOGETHER = 1 << 16  # elements up to which gradients are moved with others: a copy of fewer takes no longer
 COALESCE = 1 << 20  # elements up to which partial sums travel in one message; a copy of more costs more than a message
 
 
@@ -50,7 +51,8 @@ class MasterWeights:
                    where each step has one micro-batch, and `data` one rank
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
-    is None again: the step's first micro-batch writes, later ones add. A large one to which nothing is added is not
+    is None again: the step's first micro-batch writes, later ones add. Small ones wait for each other, at most until
+    their bucket is complete, and are moved by one call. A large one to which nothing is added is not
     moved but kept until the next step begins: that saves a copy, and room while the next forward needs it. A bucket
     whose last gradient has arrived is reduced while backward goes on: all-reduced, or reduce-scattered under ZeRO-1,
     where the weights that other ranks stepped then come back bucket by bucket while the next forward goes on.
@@ -100,6 +102,8 @@ class MasterWeights:
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._arrivals = dict.fromkeys(parameters, 0)
+        self._waiting: dict[str, Tensor] = {}  # small gradients that are not in their places yet
+        self._waiting_add = False  # whether they are to be added to what is there
         self._micro_batches = 0
         self._works: list[torch.distributed.Work] = []
         self._started = 0
@@ -131,6 +135,7 @@ class MasterWeights:
         """Expect gradients of this many micro-batches; the last step's gradients are given up."""
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)
+        self._waiting.clear()
         self._started = 0
         for name, shard in self._unmoved.items():
             shard.gradient = shard.gradient.new_empty(0)
@@ -145,6 +150,7 @@ class MasterWeights:
                 self._receive_nothing(name)
         for bucket in self._buckets:
             bucket.missing = 0
+        self._move_waiting()
         self._start_complete()
         for work in self._works:
             work.wait()
@@ -219,17 +225,31 @@ class MasterWeights:
                     self._receive_nothing(name)
             elif name in self._unmoved:
                 self._keep(name, gradient)
-            elif count == 1:
-                self.gradients[name].copy_(gradient)
+            elif gradient.numel() <= TOGETHER:
+                self._wait(name, gradient, add=count > 1)
             else:
-                self.gradients[name].add_(gradient)
+                _move([self.gradients[name]], [gradient], add=count > 1)
             parameter.grad = None
             if count == expected:
                 bucket.missing -= 1
                 if not bucket.missing:
+                    self._move_waiting()
                     self._start_complete()
 
         return receive
+
+    def _wait(self, name: str, gradient: Tensor, *, add: bool) -> None:
+        """Have a gradient wait for others that are to be written, or to be added, as it is."""
+        if name in self._waiting or add != self._waiting_add:
+            self._move_waiting()
+        self._waiting[name], self._waiting_add = gradient, add
+
+    def _move_waiting(self) -> None:
+        """Move the gradients that wait into their places."""
+        if self._waiting:
+            places = [self.gradients[name] for name in self._waiting]
+            _move(places, list(self._waiting.values()), add=self._waiting_add)
+            self._waiting.clear()
 
     def _receive_nothing(self, name: str) -> None:
         """Have zeros where a parameter got no gradient."""
@@ -265,3 +285,11 @@ class MasterWeights:
             total = sum_(torch.cat(gradients), axis)
             for gradient, found in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(found)
+
+
+def _move(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
+    """Write gradients into their places, or add them to what is there."""
+    if add:
+        torch._foreach_add_(places, gradients)
+    else:
+        torch._foreach_copy_(places, gradients)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from pentode import device as devices
 from pentode.dist import inbox as inbox_module
+from pentode.dist import p2p
 from pentode.dist.inbox import SIDES, Inbox, open_inbox
 from pentode.dist.mesh import Axis
+from pentode.dist.p2p import Channels, Form
 from pentode.dist.symmetric import ALIGN
 from pentode.parallel.pipeline.schedules import Action, make_schedule
 from pentode.parallel.pipeline.simulate import Transfer, messages_at_once, with_transfers
@@ -157,6 +159,46 @@ def test_the_slots_of_a_schedule_are_enough_for_its_order(pp: int, engine: str) 
 def test_ranks_that_cannot_write_each_others_memory_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox_module, "shared_buffer", lambda *_, **__: None)
     assert open_inbox(Axis("pp", 2, 0), CPU, slots=2, nbytes=100) is None
+
+
+def test_a_pipelines_messages_go_through_the_inbox_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = inboxes(2, slots=2, slot_bytes=ALIGN)
+    groups: dict = {(0, 1): "there", (1, 0): "back"}
+    ends = [Channels(Axis("pp", 2, rank), groups, device=CPU) for rank in range(2)]
+    large = torch.zeros(ALIGN)
+    elsewhere: list[tuple[Tensor, str]] = []
+    done = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+    monkeypatch.setattr(p2p.dist, "isend", lambda x, *, group, group_dst: elsewhere.append((x, group)) or done)
+    monkeypatch.setattr(p2p.dist, "irecv", lambda x, *, group, group_src: elsewhere.append((x, group)) or done)
+    for end, box in zip(ends, boxes, strict=True):
+        end.inbox = box
+
+    def send() -> None:
+        for number in range(6):
+            ends[0].send((message(0, 1, number), large), to=1)
+        ends[0].flush()
+
+    def receive() -> None:
+        form = Form((3, 5), torch.float64)
+        for number in range(6):
+            found, other = ends[1].receive([form, Form(large.shape, large.dtype)], source=0).wait()
+            assert torch.equal(found, message(0, 1, number))
+            assert other.shape == large.shape
+
+    run_all([(send, ()), (receive, ())])
+    assert [boxes[0]._sent[1], boxes[1]._received[0]] == [6, 6]
+    assert len(elsewhere) == 12
+    assert {group for _, group in elsewhere} == {"there"}
+
+
+def test_an_inbox_has_room_for_the_largest_message_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+    pp = Axis("pp", 2, 1)
+    monkeypatch.setattr(p2p.devices, "is_gpu", lambda device: True)
+    monkeypatch.setattr(p2p, "gather_objects", lambda value, axis: [300, value] if axis is pp else [value])
+    monkeypatch.setattr(p2p, "open_inbox", lambda axis, device, **options: asked.append((axis, options)))
+    Channels(pp, {}, device=CPU).open_inbox(slots=3, nbytes=100)
+    assert asked == [(pp, {"slots": 3, "nbytes": 300})]
 
 
 def run_all(jobs: list) -> None:

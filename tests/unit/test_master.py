@@ -121,10 +121,12 @@ def test_parameters_become_aligned_views_that_keep_their_values(dtype: torch.dty
         (torch.float64, torch.float64),
     ],
 )
-@pytest.mark.parametrize("used", [[True] * 4, [False, True, True, False], [False] * 4])
+@pytest.mark.parametrize("used", [[True] * 4, [False, True, True, False], [False, False, True, True], [False] * 4])
+@pytest.mark.parametrize("together", [0, WIDTH, WIDTH * WIDTH])
 def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
-    dtype: torch.dtype, accumulate_in: torch.dtype, used: list[bool]
+    dtype: torch.dtype, accumulate_in: torch.dtype, used: list[bool], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(master_module, "TOGETHER", together)
     model = model_of(dtype)
     master = master_of(model, bucket_bytes=1000, accumulate_in=accumulate_in)
     for step in range(2):
@@ -140,6 +142,25 @@ def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
         for name, gradient in by_hand(model_of(dtype), inputs, dtype=accumulate_in, used=used).items():
             assert master.gradients[name].dtype == accumulate_in
             assert torch.equal(master.gradients[name], gradient), name
+
+
+def test_small_gradients_are_moved_by_one_call_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[int, bool]] = []
+    move = master_module._move
+
+    def counted(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
+        moved.append((len(places), add))
+        move(places, gradients, add=add)
+
+    monkeypatch.setattr(master_module, "_move", counted)
+    model = model_of(torch.float32)
+    master = master_of(model)
+    master.start_step(3)
+    for x in tokens(3):
+        model(x).backward()
+    assert master._waiting == {}, "the bucket is complete"
+    count = len(list(model.parameters()))
+    assert moved == [(count, False), (count, True), (count, True)]
 
 
 def test_masters_stay_float32_when_gradients_are_accumulated_in_bfloat16() -> None:
