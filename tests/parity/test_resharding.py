@@ -85,7 +85,7 @@ def trained(*, config: Config, source: Path | None, root: Path) -> list[float]:
         state = restore(run, open_checkpoint(source))
         check_data(run, state)
     save(root, **content(run, state), world=run.mesh.world)
-    return [one_step(run, state, steps).result.loss.item() for _ in range(MORE)]
+    return [one_step(run, state, steps).numbers.wait()[0] for _ in range(MORE)]
 
 
 def on_ranks(config: Config, source: Path | None, root: Path) -> list[float]:
