@@ -207,11 +207,18 @@ def threads_each(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
+def _ended_by(rank: int, number: int) -> str:
+    """What to say of a rank that a signal ended."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = ", which a host that runs out of memory sends" if number == signal.SIGKILL else ""
+    return f"rank {rank} was ended by {name}{why}; the same command goes on from the newest checkpoint"
+
+
 def start_local(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m pentode ARGUMENTS` in `processes` local processes, with torch's elastic launcher.
 
-    Returns the exit code of the first process that failed, or 0. A signal is passed on to all of them, and its code
-    returned once they have saved and ended.
+    Returns the exit code of the first process that failed, or 0; says which one a signal ended. A signal to this one is
+    passed on to all of them, and its code returned once they have saved and ended.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(processes)))  # each would take all cores
@@ -227,7 +234,9 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "pentode", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            print(f"pentode: {_ended_by(rank, -failure.exitcode)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else INTERNAL
     except SignalException as stopped:
         return Interrupted.exit_code if stopped.sigval == signal.SIGINT else Preempted.exit_code

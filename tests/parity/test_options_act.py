@@ -1,6 +1,7 @@
 """Options that change no number do change what a step does: its operators, its buckets, the order of its program."""
 
 from collections import Counter
+from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 - torch's signature
+    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.counts[str(function).split("::")[-1].split(".")[-2]] += 1
         return function(*args, **(kwargs or {}))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pentode.dist import launch
 from pentode.dist.launch import PORTS, World, expand_hosts, start_local, world
@@ -150,6 +151,33 @@ def test_local_processes_share_the_cores_unless_the_user_says_otherwise(
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda *_: found.append(os.environ["OMP_NUM_THREADS"]))
     assert start_local(processes, []) == 0
     assert found == [threads]
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "code", "said"),
+    [
+        (74, 74, ""),
+        (
+            -9,
+            70,
+            "pentode: rank 1 was ended by SIGKILL, which a host that runs out of memory sends; the same command goes ",
+        ),
+        (-11, 70, "pentode: rank 1 was ended by SIGSEGV; the same command goes on from the newest checkpoint\n"),
+    ],
+)
+def test_a_rank_that_a_signal_ended_is_named(
+    exitcode: int, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = ProcessFailure(local_rank=1, pid=99999, exitcode=exitcode, error_file="none")
+
+    def failed(*_: str) -> None:
+        raise ChildFailedError("pentode", {1: failure})
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: failed)
+    assert start_local(2, []) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(said)
+    assert printed.count("\n") == (1 if said else 0)
 
 
 JOIN = """
