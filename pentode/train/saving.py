@@ -239,21 +239,25 @@ def check_room(run: Run, state: TrainState, root: Path) -> None:
     goes = place is not None and place.remove  # each, when it is in the store
     files = what["files"] if world.rank == 0 else {}
     size = sum(gather_objects(size_of(what["groups"], files), world))
+    weights = {"weights": what["groups"]["weights"]}
+    folder = sum(gather_objects(size_of(weights, files), world)) if c.save_hf else 0
 
     def look() -> None:
         with storage.explained(root):
             free = shutil.disk_usage(root).free
         kept = _beside_another(c, place)
         count = max(1, min(to_come, kept + 1 - min(kept, len(steps(root)))))
-        if count * size > free:
+        if count * (size + folder) > free:
             elsewhere = "staging_path" if place is not None and place.is_the_run else "checkpoints_path"
+            beside = f" with Hugging Face folders of {folder:,} bytes" if folder else ""
             raise StorageError(
-                f"{root}: checkpoints of {size:,} bytes, {count} more of which must fit at a time, but {free:,} bytes "
-                f"are free; remove files, point checkpoints.{elsewhere} at another disk, or set "
+                f"{root}: checkpoints of {size:,} bytes, {count} more of which must fit at a time{beside}, but "
+                f"{free:,} bytes are free; remove files, point checkpoints.{elsewhere} at another disk, or set "
                 "checkpoints.check_free_space to false"
             )
-        if c.keep_last is None and not goes and to_come * size > free:
-            log.warning(f"{root}: of {to_come} checkpoints to come {free // size} fit on the disk; set keep_last")
+        if c.keep_last is None and not goes and to_come * (size + folder) > free:
+            fit = free // (size + folder)
+            log.warning(f"{root}: of {to_come} checkpoints to come {fit} fit on the disk; set keep_last")
 
     on_first(look, world)
 

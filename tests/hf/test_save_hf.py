@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ import transformers
 
 from pentode.checkpoint import storage
 from pentode.cli import run_command
+from pentode.config.load import load_config
 from pentode.convert import beside
 from pentode.convert.beside import HFFolders
-from pentode.train import loop
+from pentode.errors import StorageError
+from pentode.train import loop, saving
+from pentode.train.start import start
 from tests.helpers.hf_models import assert_equal, ours
 from tests.helpers.tiny import tiny_yaml
 
@@ -65,6 +69,20 @@ def checkpoints(root: Path, *steps: int) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_size_of_a_folder_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = config(tmp_path, model__model_config__n_embd=64), shutil.disk_usage
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.shutil, "disk_usage", lambda path: real(path)._replace(free=0))
+        with pytest.raises(StorageError) as raised:
+            start(load_config(Path(file)))
+    told = re.search(r"with Hugging Face folders of ([0-9,]+) bytes", str(raised.value))
+    assert told is not None
+    assert run_command(["train", file]) == 0
+    folder = tmp_path / "run" / "hf" / "4"
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert int(told[1].replace(",", "")) == pytest.approx(weights, rel=0.1)  # and some small files
 
 
 def test_what_is_written_loads_in_transformers(tmp_path: Path) -> None:

@@ -66,13 +66,19 @@ def test_room_is_asked_for_as_many_checkpoints_as_may_stand_there(
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: real._replace(free=free[0]))
     with pytest.raises(StorageError) as raised:
         check_room(run, TrainState(), root)
-    told = re.search(r"checkpoints of ([0-9,]+) bytes, (\d) more of which must fit at a time", str(raised.value))
+    told = re.search(
+        r"checkpoints of ([0-9,]+) bytes, (\d) more of which must fit at a time"
+        r"( with Hugging Face folders of ([0-9,]+))?",
+        str(raised.value),
+    )
     assert told is not None
     size = int(told[1].replace(",", ""))
+    beside = int((told[4] or "0").replace(",", ""))
+    assert bool(beside) == (changes.items() >= WITH_HF.items())
     assert int(told[2]) == count
     assert f"checkpoints.{'staging' if changes.items() >= STAGED.items() else 'checkpoints'}_path" in str(raised.value)
 
-    free[0] = count * size
+    free[0] = count * (size + beside)
     check_room(run, TrainState(), root)
     free[0] -= 1
     with pytest.raises(StorageError, match=f", {count} more of which"):
