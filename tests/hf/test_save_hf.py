@@ -57,7 +57,7 @@ def pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
 
 
 def config(folder: Path, **changes: Any) -> str:
-    return str(tiny_yaml(folder, **QUICK, checkpoints__save_hf=True, **changes))
+    return str(tiny_yaml(folder, **QUICK | changes, checkpoints__save_hf=True))
 
 
 def checkpoints(root: Path, *steps: int) -> None:
@@ -71,8 +71,11 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_size_of_a_folder_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, real = config(tmp_path, model__model_config__n_embd=64), shutil.disk_usage
+def test_what_is_written_has_the_size_told_before_and_loads_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"checkpoints__checkpoint_interval": 4, "model__model_config__n_embd": 64}
+    file, real = config(tmp_path, **more), shutil.disk_usage
     with monkeypatch.context() as patch:
         patch.setattr(saving.shutil, "disk_usage", lambda path: real(path)._replace(free=0))
         with pytest.raises(StorageError) as raised:
@@ -83,12 +86,6 @@ def test_the_size_of_a_folder_is_known_before(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "run" / "hf" / "4"
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert int(told[1].replace(",", "")) == pytest.approx(weights, rel=0.1)  # and some small files
-
-
-def test_what_is_written_loads_in_transformers(tmp_path: Path) -> None:
-    file = tiny_yaml(tmp_path, **QUICK | {"checkpoints__checkpoint_interval": 4}, checkpoints__save_hf=True)
-    assert run_command(["train", str(file)]) == 0
-    folder = tmp_path / "run" / "hf" / "4"
     model, notes = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]

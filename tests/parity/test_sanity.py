@@ -286,6 +286,7 @@ def test_the_hash_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPat
     assert torch.equal(sanity._hash(tensor), whole)
 
 
+@pytest.mark.long  # the launcher's part is in test_leaving and test_saving
 def test_a_run_that_fails_ends_with_one_line_and_70(tmp_path: Path) -> None:
     file = tiny_yaml(tmp_path, general__ignore_sanity_checks=False, parallelism__tp=2)
     rate = "optimizer.learning_rate_scheduler.learning_rate=1e30"
