@@ -25,6 +25,7 @@ class _Recorded:
     batches: Sequence[Tensor]  # the buffers of its own
     learning_rate: Tensor
     result: StepResult
+    rate: float | None = None  # what `learning_rate` holds
 
 
 class Steps:
@@ -41,7 +42,6 @@ class Steps:
         self.run, self.before_update = run, before_update
         self._left = WARM_UP
         self._recorded: _Recorded | None = None
-        self._rate: float | None = None  # that the recorded step reads
         self._given_anew: devices.Watch | None = None
         self._replayed: devices.Watch | None = None
         gpu, asked = devices.is_gpu(run.device), run.config.model.cuda_graph
@@ -115,7 +115,6 @@ class Steps:
 
     def _record(self, batches: Sequence[Batch]) -> _Recorded:
         log.info("Recording a step, to replay it from here on")
-        self._rate = None
         own = [batch.to(self.run.device).packed() for batch in batches]
         learning_rate = torch.zeros((), dtype=torch.float64, device=self.run.device)
         graph = devices.Graph()
@@ -126,9 +125,9 @@ class Steps:
     def _replay(self, recorded: _Recorded, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         for own, batch in zip(recorded.batches, batches, strict=True):
             own.copy_(batch.buffer(), non_blocking=True)
-        if learning_rate != self._rate:
+        if learning_rate != recorded.rate:
             recorded.learning_rate.fill_(learning_rate)
-            self._rate = learning_rate
+            recorded.rate = learning_rate
         self.before_update()
         recorded.graph.replay()
         return recorded.result
