@@ -15,7 +15,6 @@ from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
-from pentode.ops.activation import gated
 from pentode.ops.linear import Float8
 from pentode.ops.rope import frequencies, scale_llama3
 from pentode.parallel.loss import Vocab
@@ -32,7 +31,7 @@ class MLP(nn.Module):
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gated(self.gate_up(x), self.activation))
+        return self.down(self.gate_up.gated(x, self.activation))
 
 
 class Block(nn.Module):

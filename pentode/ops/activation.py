@@ -59,12 +59,35 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
         from pentode.ops.activation_kernel import swiglu_backward as by_kernel
 
         return by_kernel(grad.contiguous(), gate_up.contiguous())
-    gate, up = gate_up.chunk(2, dim=1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=1)
+    return _swiglu_backward(grad, gate_up)
+
+
+@torch.library.custom_op("pentode::swiglu_backward_measured", mutates_args=())
+def swiglu_backward_measured(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`swiglu_backward`, and the largest magnitude in it, 0-d float32: float8 scales by that, and need not look."""
+    if devices.is_gpu(grad.device):
+        from pentode.ops.activation_kernel import swiglu_backward_measured as by_kernel
+
+        return by_kernel(grad.contiguous(), gate_up.contiguous())
+    found = _swiglu_backward(grad, gate_up)
+    return found, found.abs().amax().float()
 
 
 @swiglu_backward.register_fake
 def _(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+@swiglu_backward_measured.register_fake
+def _(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(gate_up, memory_format=torch.contiguous_format),
+        grad.new_empty((), dtype=torch.float32),
+    )
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=1)

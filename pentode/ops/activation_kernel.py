@@ -11,7 +11,13 @@ COLUMNS = 2048  # of a row, that one program computes
 
 @triton.jit
 def _swiglu_backward(
-    grad: tl.tensor, gate_up: tl.tensor, found: tl.tensor, F: tl.tensor, COLUMNS: tl.constexpr
+    grad: tl.tensor,
+    gate_up: tl.tensor,
+    found: tl.tensor,
+    largest: tl.tensor,
+    F: tl.tensor,
+    COLUMNS: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -23,12 +29,31 @@ def _swiglu_backward(
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     narrow = found.dtype.element_ty
-    tl.store(found + here, (dy * up * (sigmoid + silu * (1 - sigmoid))).to(narrow), mask=inside)
-    tl.store(found + here + F, (dy * silu).to(narrow), mask=inside)
+    grad_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(narrow)
+    grad_up = (dy * silu).to(narrow)
+    tl.store(found + here, grad_gate, mask=inside)
+    tl.store(found + here + F, grad_up, mask=inside)
+    if LARGEST:
+        a, b = tl.abs(grad_gate.to(tl.float32)), tl.abs(grad_up.to(tl.float32))
+        wrong = tl.max(((a != a) | (b != b)).to(tl.int32))  # a maximum takes no notice of what is no number
+        most = tl.where(wrong > 0, float("nan"), tl.max(tl.maximum(a, b)))
+        tl.store(largest + row * tl.num_programs(1) + tl.program_id(1), most)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """As `ops.activation.swiglu_backward`, for contiguous operands on a GPU; computed in float32."""
-    (tokens, F), found = grad.shape, torch.empty_like(gate_up)
-    _swiglu_backward[(tokens, triton.cdiv(F, COLUMNS))](grad, gate_up, found, F, COLUMNS, num_warps=8)
+    found = torch.empty_like(gate_up)
+    _swiglu_backward[_grid(grad)](grad, gate_up, found, found, grad.shape[1], COLUMNS, LARGEST=False, num_warps=8)
     return found
+
+
+def swiglu_backward_measured(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.activation.swiglu_backward_measured`, likewise: each program measures what it has computed."""
+    found, largest = torch.empty_like(gate_up), grad.new_empty(_grid(grad), dtype=torch.float32)
+    _swiglu_backward[_grid(grad)](grad, gate_up, found, largest, grad.shape[1], COLUMNS, LARGEST=True, num_warps=8)
+    return found, largest.amax()
+
+
+def _grid(grad: Tensor) -> tuple[int, int]:
+    tokens, F = grad.shape
+    return tokens, triton.cdiv(F, COLUMNS)

@@ -19,12 +19,14 @@ def scaled(x: Tensor, dtype: torch.dtype, *, dim: int) -> tuple[Tensor, Tensor]:
     return _cast(x, scale, dtype), scale.reciprocal()
 
 
-def scaled_both_ways(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def scaled_both_ways(x: Tensor, dtype: torch.dtype, *, largest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, N] in a float8 dtype, its transpose [N, M], both contiguous, and the number (0-d) to multiply them by.
 
     The hardware multiplies rows by rows, so that a tensor that is an operand of two products is needed both ways.
+    `largest` is the largest magnitude in x, 0-d, where that is known.
     """
-    largest = x.abs().amax(1).amax()  # by rows first: inductor finds those in the pass that makes x
+    if largest is None:
+        largest = x.abs().amax(1).amax()  # by rows first: inductor finds those in the pass that makes x
     scale = _scale(largest, dtype)
     rowwise, columnwise = cast_both_ways(x, scale, dtype is E5M2)
     return rowwise, columnwise, scale.reciprocal()

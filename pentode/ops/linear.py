@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from pentode import device as devices
+from pentode.ops.activation import gated, swiglu_backward_measured
 from pentode.ops.float8 import E4M3, E5M2, scaled, scaled_both_ways
 
 Float8 = Literal["tensorwise", "rowwise"]
@@ -30,22 +32,58 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
     return y if bias is None else y + bias
 
 
+def gated_linear(x: Tensor, weight: Tensor, activation: str, *, float8: Float8) -> Tensor:
+    """activation(gate) * up, of [gate, up] = x W^T; x [T, K], weight [2F, K].  # [T, F]"""
+    if float8 == "tensorwise" and activation == "silu" and devices.is_gpu(x.device):
+        return _TensorwiseSwiGLU.apply(x, weight)
+    return gated(linear(x, weight, float8=float8), activation)
+
+
 class _Tensorwise(torch.autograd.Function):
     """One scale for each operand. Keeps x and weight in float8, transposed, for backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        x8, x8_t, x_scale = scaled_both_ways(x, E4M3)
-        w8, w8_t, w_scale = scaled_both_ways(weight, E4M3)
-        ctx.save_for_backward(x8_t, x_scale, w8_t, w_scale)
-        return _scaled_mm(x8, x_scale, w8.t(), w_scale, fast=True)
+        y, *kept = _tensorwise(x, weight)
+        ctx.save_for_backward(*kept)
+        return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x8_t, x_scale, w8_t, w_scale = ctx.saved_tensors
-        g8, g8_t, g_scale = scaled_both_ways(grad, E5M2)
-        grad_x = _scaled_mm(g8, g_scale, w8_t.t(), w_scale, fast=False)
-        return grad_x, _scaled_mm(g8_t, g_scale, x8_t.t(), x_scale, fast=False)
+        return _tensorwise_backward(grad, *ctx.saved_tensors)
+
+
+class _TensorwiseSwiGLU(torch.autograd.Function):
+    """The same, and SwiGLU of the product, whose backward also finds the largest gradient: no pass looks for it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        gate_up, *kept = _tensorwise(x, weight)
+        ctx.save_for_backward(gate_up, *kept)
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, *kept = ctx.saved_tensors
+        grad_gate_up, largest = swiglu_backward_measured(grad, gate_up)
+        return _tensorwise_backward(grad_gate_up, *kept, largest=largest)
+
+
+def _tensorwise(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x W^T; and for its backward x and weight in float8, transposed, each with its scale."""
+    x8, x8_t, x_scale = scaled_both_ways(x, E4M3)
+    w8, w8_t, w_scale = scaled_both_ways(weight, E4M3)
+    return _scaled_mm(x8, x_scale, w8.t(), w_scale, fast=True), x8_t, x_scale, w8_t, w_scale
+
+
+def _tensorwise_backward(
+    grad: Tensor, x8_t: Tensor, x_scale: Tensor, w8_t: Tensor, w_scale: Tensor, *, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight; `largest` is the largest magnitude in `grad`, where that is known."""
+    g8, g8_t, g_scale = scaled_both_ways(grad, E5M2, largest=largest)
+    grad_x = _scaled_mm(g8, g_scale, w8_t.t(), w_scale, fast=False)
+    return grad_x, _scaled_mm(g8_t, g_scale, x8_t.t(), x_scale, fast=False)
 
 
 class _Rowwise(torch.autograd.Function):

@@ -18,7 +18,8 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
-from pentode.ops.linear import Float8, linear
+from pentode.ops.activation import gated
+from pentode.ops.linear import Float8, gated_linear, linear
 from pentode.parallel import tensor_overlap
 from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
 
@@ -132,6 +133,12 @@ class ColumnLinear(nn.Module):
             return linear(x, self.weight, self.bias, float8=self.place.float8)
         y = self._product(x)
         return y if self.bias is None else y + self.bias
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up, where the outputs are two pieces, [gate, up], without a bias.  # [T, F/tp]"""
+        if self.place.float8 is not None:
+            return gated_linear(self.place.enter(x), self.weight, activation, float8=self.place.float8)
+        return gated(self(x), activation)
 
     def _product(self, x: Tensor) -> Tensor:
         place, weight = self.place, self.weight

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentode.ops import activation
-from pentode.ops.activation import ACTIVATIONS, gated, swiglu_backward
+from pentode.ops.activation import ACTIVATIONS, gated, swiglu_backward, swiglu_backward_measured
 
 
 def operands(tokens: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,8 @@ def test_the_backward_of_swiglu_is_the_derivative() -> None:
 
 
 def test_the_backward_is_an_operator_that_compiles() -> None:
-    torch.library.opcheck(swiglu_backward, operands(5, 3, torch.float32), test_utils=("test_schema", "test_faketensor"))
+    for operator in (swiglu_backward, swiglu_backward_measured):
+        torch.library.opcheck(operator, operands(5, 3, torch.float32), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_compiled_gate_has_the_gradient_of_a_plain_one() -> None:
@@ -47,10 +48,22 @@ def test_a_compiled_gate_has_the_gradient_of_a_plain_one() -> None:
 @pytest.mark.parametrize(("tokens", "features"), [(3, 2048), (65, 5000), (1, 24)])
 def test_the_kernel_is_the_plain_form(tokens: int, features: int, dtype: torch.dtype) -> None:
     grad, gate_up = (x.cuda() for x in operands(tokens, features, dtype))
-    x = gate_up.float().requires_grad_()
+    x = gate_up.float().clone().requires_grad_()
     gate, up = x.chunk(2, dim=1)
     (F.silu(gate) * up).backward(grad.float())
     torch.testing.assert_close(swiglu_backward(grad, gate_up), x.grad.to(dtype))
     y = gate_up.clone().requires_grad_()
     gated(y, "silu").backward(grad)
     assert torch.equal(y.grad, swiglu_backward(grad, gate_up))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "features"), [(3, 2048), (65, 5000), (1, 24)])
+def test_the_kernel_finds_the_largest(tokens: int, features: int, dtype: torch.dtype) -> None:
+    grad, gate_up = (x.cuda() for x in operands(tokens, features, dtype))
+    found, largest = swiglu_backward_measured(grad, gate_up)
+    assert torch.equal(found, swiglu_backward(grad, gate_up))
+    assert largest.item() == found.abs().max().item()
+    gate_up[-1, features // 2] = torch.nan
+    assert swiglu_backward_measured(grad, gate_up)[1].isnan()

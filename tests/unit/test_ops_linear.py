@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pentode.ops import linear as linears
+from pentode.ops.activation import gated
 from pentode.ops.float8 import E4M3, E5M2, cast_both_ways, scaled, scaled_both_ways
-from pentode.ops.linear import Float8, linear
+from pentode.ops.linear import Float8, gated_linear, linear
 
 T, K, N = 64, 48, 32
 RECIPES: list[Float8] = ["tensorwise", "rowwise"]
@@ -77,6 +79,19 @@ def test_output_and_gradients_are_near_those_of_bfloat16(recipe: Float8, bias: b
     for ours, theirs in zip(got_grads, want_grads, strict=True):
         assert ours.dtype == theirs.dtype
         assert error(ours, theirs) < 0.08
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gated_layer_is_the_layer_and_its_gate(recipe: Float8) -> None:
+    x, weight, grad = operands()
+    forms = [gated_linear(x, weight, "silu", float8=recipe), gated(linear(x, weight, float8=recipe), "silu")]
+    if recipe == "tensorwise":
+        forms.append(linears._TensorwiseSwiGLU.apply(x, weight))  # as on a GPU
+    got, *others = [(y, *torch.autograd.grad(y, [x, weight], grad[:, : N // 2])) for y in forms]
+    assert not torch.equal(got[0], gated(linear(x, weight), "silu")), "nothing was multiplied in float8"
+    for other in others:
+        torch.testing.assert_close(got[0], other[0])
+        assert all(error(ours, theirs) < 0.03 for ours, theirs in zip(got, other, strict=True))
 
 
 def test_rows_of_other_sizes_keep_their_digits_where_each_has_a_scale() -> None:
