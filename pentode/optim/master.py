@@ -16,7 +16,8 @@ from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
 from pentode.optim.layout import Layout, block_of
 
-TOGETHER = 1 << 16  # elements up to which gradients are moved with others: a copy of fewer takes no longer
+TOGETHER = 1 << 22  # elements up to which gradients are moved with others: a copy of more fills a GPU by itself
+WAITING = 1 << 26  # elements that wait for that: if there are more, they are moved, since they take room
 COALESCE = 1 << 20  # elements up to which partial sums travel in one message; a copy of more costs more than a message
 
 
@@ -103,6 +104,7 @@ class MasterWeights:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._arrivals = dict.fromkeys(parameters, 0)
         self._waiting: dict[str, Tensor] = {}  # small gradients that are not in their places yet
+        self._waiting_elements = 0
         self._waiting_add = False  # whether they are to be added to what is there
         self._micro_batches = 0
         self._works: list[torch.distributed.Work] = []
@@ -135,7 +137,7 @@ class MasterWeights:
         """Expect gradients of this many micro-batches; the last step's gradients are given up."""
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)
-        self._waiting.clear()
+        self._forget_waiting()
         self._started = 0
         for name, shard in self._unmoved.items():
             shard.gradient = shard.gradient.new_empty(0)
@@ -240,16 +242,22 @@ class MasterWeights:
 
     def _wait(self, name: str, gradient: Tensor, *, add: bool) -> None:
         """Have a gradient wait for others that are to be written, or to be added, as it is."""
-        if name in self._waiting or add != self._waiting_add:
+        full = self._waiting_elements + gradient.numel() > WAITING
+        if full or name in self._waiting or add != self._waiting_add:
             self._move_waiting()
         self._waiting[name], self._waiting_add = gradient, add
+        self._waiting_elements += gradient.numel()
 
     def _move_waiting(self) -> None:
         """Move the gradients that wait into their places."""
         if self._waiting:
             places = [self.gradients[name] for name in self._waiting]
             _move(places, list(self._waiting.values()), add=self._waiting_add)
-            self._waiting.clear()
+            self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        self._waiting.clear()
+        self._waiting_elements = 0
 
     def _receive_nothing(self, name: str) -> None:
         """Have zeros where a parameter got no gradient."""

@@ -120,11 +120,17 @@ def test_parameters_become_aligned_views_that_keep_their_values(dtype: torch.dty
     ],
 )
 @pytest.mark.parametrize("used", [[True] * 4, [False, True, True, False], [False, False, True, True], [False] * 4])
-@pytest.mark.parametrize("together", [0, WIDTH, WIDTH * WIDTH])
+@pytest.mark.parametrize(("together", "waiting"), [(0, 0), (WIDTH, 1 << 20), (WIDTH**2, 2 * WIDTH), (1 << 20, 1 << 20)])
 def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
-    dtype: torch.dtype, accumulate_in: torch.dtype, used: list[bool], together: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    accumulate_in: torch.dtype,
+    used: list[bool],
+    together: int,
+    waiting: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(master_module, "TOGETHER", together)
+    monkeypatch.setattr(master_module, "WAITING", waiting)
     model = model_of(dtype)
     master = master_of(model, bucket_bytes=1000, accumulate_in=accumulate_in)
     for step in range(2):
@@ -142,12 +148,15 @@ def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
             assert torch.equal(master.gradients[name], gradient), name
 
 
-def test_small_gradients_are_moved_by_one_call_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waiting", [1 << 20, 2 * WIDTH * WIDTH])
+def test_small_gradients_are_moved_by_one_call_a_micro_batch(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master_module, "WAITING", waiting)
     moved: list[tuple[int, bool]] = []
     move = master_module._move
 
     def counted(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
         moved.append((len(places), add))
+        assert sum(gradient.numel() for gradient in gradients) <= waiting
         move(places, gradients, add=add)
 
     monkeypatch.setattr(master_module, "_move", counted)
@@ -158,7 +167,9 @@ def test_small_gradients_are_moved_by_one_call_a_micro_batch(monkeypatch: pytest
         model(x).backward()
     assert master._waiting == {}, "the bucket is complete"
     count = len(list(model.parameters()))
-    assert moved == [(count, False), (count, True), (count, True)]
+    assert sum(places for places, _ in moved) == 3 * count
+    if waiting == 1 << 20:
+        assert moved == [(count, False), (count, True), (count, True)]
 
 
 def test_masters_stay_float32_when_gradients_are_accumulated_in_bfloat16() -> None:
