@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pentode import log
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
 from pentode.dist.together import ranks_in_words
@@ -37,7 +38,10 @@ class Copy(NamedTuple):
 
 
 def check_batches(run: Run, batches: Sequence[Batch]) -> None:
-    """The ranks that hold one model read the same micro-batches, and different replicas read different samples."""
+    """The ranks that hold one model read the same micro-batches, and different replicas read different samples.
+
+    Tokens that come to two replicas under different numbers are only told: a text may repeat itself.
+    """
     if run.config.general.ignore_sanity_checks:
         return
     parts = ("tokens", "labels", "positions", "samples")
@@ -46,7 +50,11 @@ def check_batches(run: Run, batches: Sequence[Batch]) -> None:
         for i, batch in enumerate(batches)
         for part in parts
     ]
-    _raise_everywhere([*_differences(copies), *_read_twice(run, batches)], run.mesh.world)
+    tokens, samples = _read(run, batches)
+    broken = [f"{text}; the data's order is broken" for text in _twice("a sample", samples, run)]
+    _raise_everywhere([*_differences(copies), *broken], run.mesh.world)
+    for text in _twice("all tokens", tokens, run):
+        log.once(f"Sanity check: {text}: the text repeats itself, or the data's order is broken", key="tokens twice")
 
 
 def check_gradients(run: Run) -> None:
@@ -107,23 +115,23 @@ def check_state(run: Run, state: TrainState) -> None:
     )
 
 
-def _read_twice(run: Run, batches: Sequence[Batch]) -> Iterator[str]:
-    """What came twice in this step: a sample by its number, or all tokens of two replicas, whatever their numbers."""
+def _read(run: Run, batches: Sequence[Batch]) -> tuple[list[list[int]], list[list[int]]]:
+    """What each replica reads in this step: a hash of all its tokens, and its samples' numbers."""
     tokens = _hash(torch.cat([batch.tokens for batch in batches]))
     samples = torch.cat([batch.samples for batch in batches])
     rows = collectives.all_gather(torch.cat((tokens[None], samples))[None], run.mesh.dp).tolist()  # [dp, 1 + samples]
+    return [row[:1] for row in rows], [row[1:] for row in rows]
+
+
+def _twice(what: str, values: Sequence[Sequence[int]], run: Run) -> Iterator[str]:
+    """To whom the first of the replicas' values came twice, if one did."""
+    reader: dict[int, int] = {}
     members = _members(run.mesh.dp) or [run.mesh.world.rank]
-    for what, values in (
-        ("all tokens of this step", [row[:1] for row in rows]),
-        ("a sample of this step", [row[1:] for row in rows]),
-    ):
-        reader: dict[int, int] = {}
-        for rank, value in ((rank, value) for rank, own in zip(members, values, strict=True) for value in own):
-            if value in reader:
-                ranks = ranks_in_words(sorted({reader[value], rank}))
-                yield f"{what} came twice, to {ranks}; the data's order is broken"
-                break
-            reader[value] = rank
+    for rank, value in ((rank, value) for rank, own in zip(members, values, strict=True) for value in own):
+        if value in reader:
+            yield f"{what} of this step came twice, to {ranks_in_words(sorted({reader[value], rank}))}"
+            return
+        reader[value] = rank
 
 
 def _copies(run: Run, held: Callable[[str], Tensor], *, what: str, everywhere: bool = False) -> Iterator[Copy]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pentode import log
 from pentode.errors import SanityError
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
@@ -42,7 +43,7 @@ COPIES = Case(Problem(shape=ONE_KV_HEAD), tp=2, dp=2, zero=1)
 
 
 def run_and_break(*, case: Case, fault: str, at: int, dtype: str) -> str:
-    """Two steps on this rank, the second one broken on rank `at`: what it raised, or "" if nothing."""
+    """Two steps on this rank, the second one broken on rank `at`: what it raised, else what it logged, or ""."""
     checked = cases.config_of(dataclasses.replace(case, sanity=True))
     checked = dataclasses.replace(checked, model=dataclasses.replace(checked.model, dtype=dtype))
     PATCH.setattr(cases, "config_of", lambda _: checked)
@@ -54,6 +55,8 @@ def run_and_break(*, case: Case, fault: str, at: int, dtype: str) -> str:
     batches = batches_of(case, run.mesh, 1)
     if run.mesh.world.rank == at:
         batches = FAULTS[fault](run, batches) or batches
+    logged: list[str] = []
+    PATCH.setattr(log, "once", lambda message, **_: logged.append(message))
     try:
         train_step(run, batches, learning_rate=1e-2)
         check_state(
@@ -61,7 +64,9 @@ def run_and_break(*, case: Case, fault: str, at: int, dtype: str) -> str:
         )
     except SanityError as error:
         return str(error)
-    return ""
+    finally:
+        PATCH.undo()
+    return "".join(logged)
 
 
 def parameter(run: Run, name: str) -> Tensor:
@@ -226,8 +231,7 @@ ALIKE = "on rank 1 is not what it is on rank 0"
         (TP, 1, "labels", f"labels of micro-batch 0 {ALIKE}"),
         (TP, 0, "positions", f"positions of micro-batch 0 {ALIKE}"),
         (STAGES, 1, "sample 99", f"samples of micro-batch 1 {ALIKE}"),
-        (DP, 1, "first replica's", "all tokens of this step came twice, to ranks 0 and 1; the data's order is broken"),
-        (DP, 1, "first replica's tokens", "all tokens of this step came twice, to ranks 0 and 1; the data's order is"),
+        (DP, 1, "first replica's", "a sample of this step came twice, to ranks 0 and 1; the data's order is broken"),
         (DP, 1, "the first sample", "a sample of this step came twice, to ranks 0 and 1; the data's order is broken"),
         (DP, 1, "its first sample", "a sample of this step came twice, to rank 1; the data's order is broken"),
         (STAGES, 1, "count", f"the count of updates {ALIKE}"),
@@ -237,6 +241,13 @@ ALIKE = "on rank 1 is not what it is on rank 0"
 )
 def test_a_fault_ends_all_ranks_with_its_place(case: Case, at: int, fault: str, told: str) -> None:
     assert ends_with(case, at, fault).startswith(f"sanity check: {told}")
+
+
+def test_tokens_that_come_twice_are_only_told_since_a_text_may_repeat_itself() -> None:
+    told = ends_with(DP, 1, "first replica's tokens")
+    assert told == "Sanity check: all tokens of this step came twice, to ranks 0 and 1: " + (
+        "the text repeats itself, or the data's order is broken"
+    )
 
 
 @pytest.mark.parametrize("case", [TP, ZERO], ids=lambda case: case.name)
