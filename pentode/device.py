@@ -248,6 +248,11 @@ class Graph:
         self._graph.replay()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many of them a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes that a GPU has."""
     return torch.cuda.get_device_properties(device).total_memory

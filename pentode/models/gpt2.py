@@ -76,8 +76,10 @@ class Block(nn.Module):
         self.mlp_dropout = on_mlp
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:  # [T, D]
-        x = x + self.attn_dropout(self.attn(self.attn_norm(x), shared, cache), shared.local_keys)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), shared.local_keys)
+        x, normed = self.attn_norm.beside(x)
+        x = x + self.attn_dropout(self.attn(normed, shared, cache), shared.local_keys)
+        x, normed = self.mlp_norm.beside(x)
+        return x + self.mlp_dropout(self.mlp(normed), shared.local_keys)
 
 
 def build(

@@ -52,8 +52,10 @@ class Block(nn.Module):
         self.mlp = MLP(c, place)
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:  # [T, D]
-        x = x + self.attn(self.attn_norm(x), shared, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.attn_norm.beside(x)
+        x = x + self.attn(normed, shared, cache)
+        x, normed = self.mlp_norm.beside(x)
+        return x + self.mlp(normed)
 
 
 def build(

@@ -8,7 +8,7 @@ gradient  of x: complete; of weight and bias: complete | partial over tp, summed
 
 from torch import Tensor, nn
 
-from pentode.ops.norm import layer_norm, rms_norm
+from pentode.ops.norm import beside_norm, layer_norm, rms_norm
 from pentode.parallel.tensor import Place
 
 
@@ -23,6 +23,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and its norm, for a stream that goes on beside it."""
+        return beside_norm(x, self.weight, None, self.eps)
+
 
 class LayerNorm(nn.Module):
     """x brought to mean 0 and variance 1, times a weight and plus a bias a feature."""
@@ -35,3 +39,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and its norm, for a stream that goes on beside it."""
+        return beside_norm(x, self.weight, self.bias, self.eps)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from pentode.ops import norm as norms
 from pentode.ops.activation import ACTIVATIONS
 from pentode.ops.attention import attention
-from pentode.ops.norm import layer_norm, rms_norm
+from pentode.ops.norm import beside_norm, layer_norm, norm_backward, rms_norm
 from pentode.ops.rope import angles, frequencies, rotate, scale_llama3
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -26,6 +28,69 @@ def test_norms_compute_in_at_least_float32_and_round_once(dtype: torch.dtype) ->
         got, (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b).to(dtype)
     )
     assert torch.equal(got, F.layer_norm(a, (96,), w, b, 1e-5).to(dtype))
+
+
+def norm_operands(tokens: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """The gradients of a stream and of its norm, the stream, [T, D]; weight and bias, [D]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, width)] * 3 + [(width,)] * 2
+    return [(torch.randn(shape, generator=generator) + (i == 2)).to(dtype) for i, shape in enumerate(shapes)]
+
+
+def gradients_beside(stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """The gradients of x, weight and bias, by autograd, where `stream` and `grad` are those of x and its norm."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = rms_norm(*leaves, 1e-5) if bias is None else layer_norm(*leaves, 1e-5)
+    found = torch.autograd.grad([leaves[0], y], leaves, [stream, grad])
+    return list(found)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_backward_of_a_norm_beside_its_stream_is_the_derivative(biased: bool) -> None:
+    _, _, x, weight, bias = (t.requires_grad_() for t in norm_operands(5, 6, torch.float64))
+    assert torch.autograd.gradcheck(norms._BesideNorm.apply, (x, weight, bias if biased else None, 1e-5))
+    for same, made in zip(
+        beside_norm(x, weight, bias if biased else None, 1e-5),
+        norms._BesideNorm.apply(x, weight, bias if biased else None, 1e-5),
+        strict=True,
+    ):
+        assert torch.equal(same, made)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_it_is_an_operator_that_compiles(centred: bool) -> None:
+    operands = (*norm_operands(5, 6, torch.float32)[:4], 1e-5, centred)
+    torch.library.opcheck(norm_backward, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_compiled_norm_beside_its_stream_has_the_gradients_of_a_plain_one(biased: bool) -> None:
+    stream, grad, x, weight, bias = norm_operands(7, 16, torch.float64)
+    kept = bias if biased else None
+
+    def block(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, normed = norms._BesideNorm.apply(x, weight, bias, 1e-5)
+        return x * stream + normed * grad
+
+    leaves = [t.clone().requires_grad_() for t in (x, weight, kept) if t is not None]
+    compiled = torch.compile(block, fullgraph=True)(*leaves, *([] if biased else [None]))
+    found = torch.autograd.grad(compiled.sum(), leaves)
+    for ours, plain in zip(found, gradients_beside(stream, grad, x, weight, kept), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(5000, 768), (300, 2048), (2000, 4096), (64, 8192), (3, 100)])
+def test_the_kernel_of_a_norm_is_the_plain_form(tokens: int, width: int, centred: bool, dtype: torch.dtype) -> None:
+    operands = [t.cuda() for t in norm_operands(tokens, width, dtype)[:4]]
+    got = norm_backward(*operands, 1e-5, centred)
+    wide = [t.cpu().double() for t in operands]
+    for ours, exact in zip(got, norm_backward(*wide, 1e-5, centred), strict=True):
+        assert ours.shape == exact.shape
+        close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+        torch.testing.assert_close(ours.cpu().double(), exact, **close)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
