@@ -144,7 +144,7 @@ def _file(name: str) -> str:
 def _launched(gpus: int, command: list[str], *, torchrun: bool = False) -> list[str]:
     if gpus == 1 and not torchrun:
         return [sys.executable, *command]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *command]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *command]
 
 
 def _logged(command: list[str], log: Path, first: re.Pattern[str]) -> float:

@@ -60,17 +60,17 @@ CASES = {
     "tiny": Case("tiny", 2, steps=500),
 }
 TWO_GPUS = {
-    "zero1": Case("8B", 2, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
+    "zero1": Case("8B", 3, 2, parallelism={"dp": 2, "recompute_layer": "selective"}, zero_stage=1, titan=SELECTIVE),
     "tp2": Case(
         "8B",
-        2,
+        4,
         2,
         parallelism={"tp": 2, "tp_mode": "REDUCE_SCATTER", "tp_linear_async_communication": True},
         titan=(*SELECTIVE, *BF16_STATES, *TP2),
     ),
     "pp2": Case(
         "8B",
-        1,
+        2,
         2,
         micro_batches=8,
         parallelism={"pp": 2, "pp_engine": "1f1b"},
@@ -78,7 +78,7 @@ TWO_GPUS = {
     ),
     "pp2 interleaved": Case(
         "8B",
-        1,
+        2,
         2,
         micro_batches=8,
         parallelism={"pp": 2, "pp_engine": "interleaved"},
