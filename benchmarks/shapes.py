@@ -13,6 +13,7 @@ LLAMA = {
 VOCABULARY = 128256
 STEPS, WARM_UP, EVERY = 40, 10, 5  # steps of a run, of these not counted, and between iteration lines
 SHORT = {"steps": 15, "warm_up": 5}  # of a run whose steps are long
+MANY = {"micro_batches": 8, "steps": 20, "warm_up": 10}  # one GPU may record a step before the tenth is done
 SEQUENCE = 4096
 RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
@@ -53,9 +54,9 @@ CASES = {
     "8B8 best": Case("8B8", 6, titan=NO_RECOMPUTATION, titan_micro_batch=3),
     "1B float8": Case("1B", 4, model={"float8": "tensorwise"}),
     "8B8 float8": Case("8B8", 4, model={"float8": "tensorwise"}),
-    "1B x8": Case("1B", 4, micro_batches=8, **SHORT, titan=NO_RECOMPUTATION),
-    "8B8 x8": Case("8B8", 4, micro_batches=8, **SHORT, titan=NO_RECOMPUTATION),
-    "1B best x8": Case("1B", 8, micro_batches=4, **SHORT, titan=NO_RECOMPUTATION, titan_micro_batch=4),
+    "1B x8": Case("1B", 4, **MANY, titan=NO_RECOMPUTATION),
+    "8B8 x8": Case("8B8", 4, **MANY, titan=NO_RECOMPUTATION),
+    "1B best x8": Case("1B", 8, **MANY | {"micro_batches": 4}, titan=NO_RECOMPUTATION, titan_micro_batch=4),
     "gpt2": Case("gpt2", 16),
     "tiny": Case("tiny", 2, steps=500),
 }
