@@ -22,10 +22,11 @@ from pathlib import Path
 STAND_INS = "stand_ins"  # the module of this folder that a mutated package gets
 SHOWN = 100  # characters of a place's text
 
-# Files that decide a training step's numbers, and which of their functions, where not all do.
+# Files that decide the numbers of a training step or what is written, and which of their functions, where not all do.
 FILES: dict[str, tuple[str, ...] | None] = {
     "dist/collectives.py": None,
     "dist/p2p.py": None,
+    "generate/engine.py": None,
     "models/gpt2.py": ("Positions.__init__", "build"),
     "models/llama.py": ("build",),
     "nn/attention.py": None,
@@ -46,6 +47,7 @@ FILES: dict[str, tuple[str, ...] | None] = {
     "parallel/tensor_overlap.py": None,
     "run/build.py": ("assemble", "build_mesh", "build_stages", "names_of_model", "padded_vocabulary"),
     "train/evaluate.py": None,
+    "train/signals.py": ("StopSignal.asked_anywhere",),
     "train/step.py": None,
 }
 OF_GROUPS = {"dist/collectives.py", "dist/p2p.py", "parallel/tensor_overlap.py"}  # where an axis must have a group

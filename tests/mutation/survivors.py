@@ -11,7 +11,9 @@ SURVIVORS: dict[str, str] = {
     "pentode/* max_: *: twice": "the maximum of maxima is that maximum",
     "pentode/* start_join_: *: twice": "the parts that are joined do not change, so they are joined to the same",
     "pentode/optim/master.py MasterWeights.*: start_join_(*): twice": "what was joined is joined to the same again",
+    "pentode/* StopSignal.asked_anywhere: collectives.max_(*): twice": "the maximum of maxima is that maximum",
     "pentode/* broadcast_: *: twice": "the source gives what it gave",
+    "pentode/generate/engine.py _continue: broadcast_(*): twice": "the source gives what it gave",
     "pentode/* gather_objects: *: twice": "the second list is equal to the first, and takes its place",
     "pentode/* vocab_logits: *: twice": "the second copy of the vocabulary is cut off, as padding is",
     "pentode/run/build.py names_of_model: gather_objects(own, mesh.pp): wider than mesh.pp": (
@@ -27,7 +29,16 @@ SURVIVORS: dict[str, str] = {
     "pentode/dist/p2p.py connect: _every_line(pp): another axis than pp": (
         "of this axis only the size is read, and the other one has the same; a wrong size is another mutant, which dies"
     ),
+    "pentode/generate/engine.py Speaker.of: connect(mesh.pp, device=model.place.device): *": (
+        "here a model is alone, and each of its axes has one rank"
+    ),
     # Not a part of a step.
+    "pentode/generate/engine.py _continue: max_positions // 2: *": (
+        "of a text that outgrows the positions another part is read again; tests/unit/test_generate.py knows which"
+    ),
+    "pentode/train/signals.py StopSignal.asked_anywhere: self._every * MICROSECONDS / max(1, slowest): *": (
+        "ranks ask each other more often, or less; tests/unit/test_signals.py knows at which steps"
+    ),
     # Only memory, or the number of messages and kernels.
     "pentode/optim/clip.py _sum_of_squares: gradient.numel() // ALIGN: divided by twice as much": (
         "moves the border between what is summed by rows and the rest, which is summed whole: all counts once; that "
