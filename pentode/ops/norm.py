@@ -25,10 +25,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def beside_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """x, and its norm: `layer_norm` if there is a bias, else `rms_norm`.
 
-    For a stream that goes on beside its norm: in compiled blocks on a GPU one kernel makes the norm's gradient and adds
-    the stream's (docs/performance.md).
+    For a stream that goes on beside its norm: in compiled blocks one operator, which is a kernel on a GPU, makes the
+    norm's gradient and adds the stream's (docs/performance.md).
     """
-    if torch.compiler.is_compiling() and devices.is_gpu(x.device) and x.dtype != torch.float64:
+    if torch.compiler.is_compiling():
         return _BesideNorm.apply(x, weight, bias, eps)
     return x, _norm(x, weight, bias, eps)
 
@@ -58,7 +58,7 @@ def norm_backward(
     stream, grad, x  [T, D]; weight [D]
     found            [T, D]; and [2, D] if `centred`, for `layer_norm`; else [1, D], for `rms_norm`, without a bias
     """
-    if devices.is_gpu(x.device):
+    if devices.is_gpu(x.device) and x.dtype != torch.float64:
         from pentode.ops.norm_kernel import norm_backward as by_kernel
 
         return by_kernel(stream.contiguous(), grad.contiguous(), x.contiguous(), weight, eps, centred)
