@@ -30,8 +30,12 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     """
     if activation == "silu" and devices.is_gpu(gate_up.device) and gate_up.dtype != torch.float64:
         return _SwiGLU.apply(gate_up)
-    gate, up = gate_up.chunk(2, dim=1)
-    return ACTIVATIONS[activation](gate) * up
+    return _gated(gate_up, ACTIVATIONS[activation])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, as `gated`, with autograd's own backward."""
+    return _gated(gate_up, F.silu)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -40,8 +44,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up
+        return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
@@ -84,6 +87,11 @@ def _(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         torch.empty_like(gate_up, memory_format=torch.contiguous_format),
         grad.new_empty((), dtype=torch.float32),
     )
+
+
+def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return activation(gate) * up
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:

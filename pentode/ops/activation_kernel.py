@@ -35,7 +35,7 @@ def _swiglu_backward(
     tl.store(found + here + F, grad_up, mask=inside)
     if LARGEST:
         a, b = tl.abs(grad_gate.to(tl.float32)), tl.abs(grad_up.to(tl.float32))
-        wrong = tl.max(((a != a) | (b != b)).to(tl.int32))  # a maximum takes no notice of what is no number
+        wrong = tl.max(((a != a) | (b != b)).to(tl.int32))  # tl.max ignores NaN
         most = tl.where(wrong > 0, float("nan"), tl.max(tl.maximum(a, b)))
         tl.store(largest + row * tl.num_programs(1) + tl.program_id(1), most)
 

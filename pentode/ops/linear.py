@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pentode import device as devices
-from pentode.ops.activation import gated, swiglu_backward_measured
+from pentode.ops.activation import gated, swiglu, swiglu_backward_measured
 from pentode.ops.float8 import E4M3, E5M2, scaled, scaled_both_ways
 
 Float8 = Literal["tensorwise", "rowwise"]
@@ -60,8 +60,7 @@ class _TensorwiseSwiGLU(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         gate_up, *kept = _tensorwise(x, weight)
         ctx.save_for_backward(gate_up, *kept)
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up
+        return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def norm_backward(
     normed, scaled = a * scale, g * weight
     inner = scaled - normed * (scaled * normed).mean(1, keepdim=True)
     inner = inner - scaled.mean(1, keepdim=True) if centred else inner
-    grad_x = (stream + inner * scale).to(x.dtype)
+    grad_x = (stream + inner * scale).to(x.dtype).contiguous()
     sums = [(g * normed).sum(0), g.sum(0)] if centred else [(g * normed).sum(0)]
     return grad_x, torch.stack(sums).to(weight.dtype)
 

@@ -17,7 +17,7 @@ from pentode.optim.groups import Group
 from pentode.optim.layout import Layout, block_of
 
 TOGETHER = 1 << 22  # elements up to which gradients are moved with others: a copy of more fills a GPU by itself
-WAITING = 1 << 26  # elements that wait for that: if there are more, they are moved, since they take room
+WAITING = 1 << 26  # elements that may wait for others: they take room
 COALESCE = 1 << 20  # elements up to which partial sums travel in one message; a copy of more costs more than a message
 
 
@@ -52,11 +52,12 @@ class MasterWeights:
                    where each step has one micro-batch, and `data` one rank
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
-    is None again: the step's first micro-batch writes, later ones add. Small ones wait for each other, at most until
-    their bucket is complete, and are moved by one call. A large one to which nothing is added is not
-    moved but kept until the next step begins: that saves a copy, and room while the next forward needs it. A bucket
-    whose last gradient has arrived is reduced while backward goes on: all-reduced, or reduce-scattered under ZeRO-1,
-    where the weights that other ranks stepped then come back bucket by bucket while the next forward goes on.
+    is None again: the step's first micro-batch writes, later ones add. Those of up to TOGETHER
+    elements wait for each other, at most until their bucket is complete, and are moved by few calls. A larger one to
+    which nothing is added is not moved but kept until the next step begins: that saves a copy, and room while the next
+    forward needs it. A bucket whose last gradient has arrived is reduced while backward goes on: all-reduced, or
+    reduce-scattered under ZeRO-1, where the weights that other ranks stepped then come back bucket by bucket while the
+    next forward goes on.
 
     Masters are float32 (float64 for float64 parameters) whatever gradients are accumulated in. Nanotron without
     `accumulate_grad_in_fp32` has none and steps bfloat16 weights directly, which loses most small updates.
@@ -103,7 +104,7 @@ class MasterWeights:
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._arrivals = dict.fromkeys(parameters, 0)
-        self._waiting: dict[str, Tensor] = {}  # small gradients that are not in their places yet
+        self._waiting: dict[str, Tensor] = {}  # gradients that are not in their places yet
         self._waiting_elements = 0
         self._waiting_add = False  # whether they are to be added to what is there
         self._micro_batches = 0

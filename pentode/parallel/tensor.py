@@ -136,6 +136,7 @@ class ColumnLinear(nn.Module):
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """activation(gate) * up, where the outputs are two pieces, [gate, up], without a bias.  # [T, F/tp]"""
+        assert self.bias is None, "a gated layer has no bias"
         if self.place.float8 is not None:
             return gated_linear(self.place.enter(x), self.weight, activation, float8=self.place.float8)
         return gated(self(x), activation)

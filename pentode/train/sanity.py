@@ -40,7 +40,7 @@ class Copy(NamedTuple):
 def check_batches(run: Run, batches: Sequence[Batch]) -> None:
     """The ranks that hold one model read the same micro-batches, and different replicas read different samples.
 
-    Tokens that come to two replicas under different numbers are only told: a text may repeat itself.
+    Tokens that come to two replicas under different numbers are logged and end nothing: a text may repeat itself.
     """
     if run.config.general.ignore_sanity_checks:
         return

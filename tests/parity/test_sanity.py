@@ -160,6 +160,11 @@ def first_replicas_tokens(run: Run, batches: list[Batch]) -> list[Batch]:
     return [dataclasses.replace(o, samples=b.samples) for o, b in zip(others, batches, strict=True)]
 
 
+def first_replicas_first_tokens(run: Run, batches: list[Batch]) -> list[Batch]:
+    """Read those of its first micro-batch alone."""
+    return [*first_replicas_tokens(run, batches)[:1], *batches[1:]]
+
+
 def count(run: Run, batches: list[Batch]) -> None:
     run.optimizer.updates += 1
 
@@ -194,6 +199,7 @@ FAULTS: dict[str, Callable[[Run, list[Batch]], Any]] = {
     "its first sample": sample(12),
     "first replica's": first_replicas,
     "first replica's tokens": first_replicas_tokens,
+    "first replica's first tokens": first_replicas_first_tokens,
     "count": count,
     "counts": lambda run, batches: None,
 }
@@ -248,6 +254,7 @@ def test_tokens_that_come_twice_are_only_told_since_a_text_may_repeat_itself() -
     assert told == "Sanity check: all tokens of this step came twice, to ranks 0 and 1: " + (
         "the text repeats itself, or the data's order is broken"
     )
+    assert ends_with(DP, 1, "first replica's first tokens") == ""
 
 
 @pytest.mark.parametrize("case", [TP, ZERO], ids=lambda case: case.name)

@@ -1,6 +1,7 @@
 """MasterWeights: flat buffers, the way of a gradient into them, and what the model sees of a step."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,14 +150,13 @@ def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
 
 
 @pytest.mark.parametrize("waiting", [1 << 20, 2 * WIDTH * WIDTH])
-def test_small_gradients_are_moved_by_one_call_a_micro_batch(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_gradients_are_moved_by_as_few_calls_as_may_be(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(master_module, "WAITING", waiting)
-    moved: list[tuple[int, bool]] = []
+    moved: list[tuple[list[int], bool]] = []
     move = master_module._move
 
     def counted(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
-        moved.append((len(places), add))
-        assert sum(gradient.numel() for gradient in gradients) <= waiting
+        moved.append(([gradient.numel() for gradient in gradients], add))
         move(places, gradients, add=add)
 
     monkeypatch.setattr(master_module, "_move", counted)
@@ -167,9 +167,24 @@ def test_small_gradients_are_moved_by_one_call_a_micro_batch(waiting: int, monke
         model(x).backward()
     assert master._waiting == {}, "the bucket is complete"
     count = len(list(model.parameters()))
-    assert sum(places for places, _ in moved) == 3 * count
+    assert sum(len(sizes) for sizes, _ in moved) == 3 * count
+    assert all(sum(sizes) <= waiting for sizes, _ in moved)
+    done = 0
+    for (sizes, _), (later, _) in pairwise(moved):  # one more would have been too many, or of the next micro-batch
+        done += len(sizes)
+        assert sum(sizes) + later[0] > waiting or done % count == 0
     if waiting == 1 << 20:
-        assert moved == [(count, False), (count, True), (count, True)]
+        assert [(len(sizes), add) for sizes, add in moved] == [(count, False), (count, True), (count, True)]
+
+
+def test_gradients_of_a_step_that_was_given_up_are_forgotten() -> None:
+    model = model_of(torch.float32)
+    master = master_of(model)
+    master.start_step(2)
+    model(tokens(1)[0]).backward()  # all wait for a second micro-batch, which does not come
+    master.start_step(1)
+    master.finish_gradients()
+    assert not any(gradient.any() for gradient in master.gradients.values())
 
 
 def test_masters_stay_float32_when_gradients_are_accumulated_in_bfloat16() -> None:

@@ -33,6 +33,14 @@ def test_the_backward_is_an_operator_that_compiles() -> None:
         torch.library.opcheck(operator, operands(5, 3, torch.float32), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_largest_is_measured(dtype: torch.dtype) -> None:
+    grad, gate_up = operands(5, 3, dtype)
+    found, largest = swiglu_backward_measured(grad, gate_up)
+    assert torch.equal(found, swiglu_backward(grad, gate_up))
+    assert largest.item() == found.abs().max().float().item()
+
+
 def test_a_compiled_gate_has_the_gradient_of_a_plain_one() -> None:
     grad, gate_up = operands(7, 16, torch.float64)
     found = []

@@ -63,6 +63,16 @@ def test_it_is_an_operator_that_compiles(centred: bool) -> None:
     torch.library.opcheck(norm_backward, operands, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_plain_backward_computes_in_float32_and_rounds_once(centred: bool) -> None:
+    operands = norm_operands(300, 96, torch.bfloat16)[:4]
+    found = norm_backward(*operands, 1e-5, centred)
+    exact = norm_backward(*(t.float() for t in operands), 1e-5, centred)
+    for ours, wide in zip(found, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, wide.bfloat16())
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_compiled_norm_beside_its_stream_has_the_gradients_of_a_plain_one(biased: bool) -> None:
     stream, grad, x, weight, bias = norm_operands(7, 16, torch.float64)
@@ -89,6 +99,7 @@ def test_the_kernel_of_a_norm_is_the_plain_form(tokens: int, width: int, centred
     wide = [t.cpu().double() for t in operands]
     for ours, exact in zip(got, norm_backward(*wide, 1e-5, centred), strict=True):
         assert ours.shape == exact.shape
+        # bfloat16: half a unit of its last place, 2^-9, and of the largest sums; float32: sums of thousands of products
         close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
         torch.testing.assert_close(ours.cpu().double(), exact, **close)
 
