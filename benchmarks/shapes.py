@@ -13,7 +13,7 @@ LLAMA = {
 VOCABULARY = 128256
 STEPS, WARM_UP, EVERY = 40, 10, 5  # steps of a run, of these not counted, and between iteration lines
 SHORT = {"steps": 15, "warm_up": 5}  # of a run whose steps are long
-MANY = {"micro_batches": 8, "steps": 20, "warm_up": 10}  # one GPU may record a step before the tenth is done
+MANY = {"micro_batches": 8, "steps": 20, "warm_up": 10}  # a GPU alone may record the 9th or 10th step
 SEQUENCE = 4096
 RATE = {"learning_rate": 3e-4, "lr_warmup_steps": 10}
 
