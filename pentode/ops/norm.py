@@ -18,8 +18,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias (arXiv:1607.06450)."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # F.layer_norm in bfloat16 is not its float32 result rounded
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+    if x.dtype.itemsize >= 4:  # torch 2.11 loses the gradient of a compiled Function whose result is a cast to its own
+        return F.layer_norm(x, weight.shape, weight, bias, eps)  # dtype
+    # F.layer_norm in bfloat16 is not its float32 result rounded.
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def beside_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -73,9 +73,10 @@ def test_the_plain_backward_computes_in_float32_and_rounds_once(centred: bool) -
         assert torch.equal(ours, wide.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_compiled_norm_beside_its_stream_has_the_gradients_of_a_plain_one(biased: bool) -> None:
-    stream, grad, x, weight, bias = norm_operands(7, 16, torch.float64)
+def test_a_compiled_norm_beside_its_stream_has_the_gradients_of_a_plain_one(biased: bool, dtype: torch.dtype) -> None:
+    stream, grad, x, weight, bias = norm_operands(7, 16, dtype)
     kept = bias if biased else None
 
     def block(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,7 +87,8 @@ def test_a_compiled_norm_beside_its_stream_has_the_gradients_of_a_plain_one(bias
     compiled = torch.compile(block, fullgraph=True)(*leaves, *([] if biased else [None]))
     found = torch.autograd.grad(compiled.sum(), leaves)
     for ours, plain in zip(found, gradients_beside(stream, grad, x, weight, kept), strict=True):
-        torch.testing.assert_close(ours, plain)
+        # bfloat16: the plain form rounds the norm's part and the stream's before it adds them
+        torch.testing.assert_close(ours, plain, **({"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}))
 
 
 @pytest.mark.gpu
