@@ -15,6 +15,7 @@ from pentode.dist.mesh import Axis
 from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
 from pentode.optim.layout import Layout, block_of
+from pentode.optim.moving import move
 
 TOGETHER = 1 << 22  # elements up to which gradients are moved with others: a copy of more fills a GPU by itself
 WAITING = 1 << 26  # elements that may wait for others: they take room
@@ -231,7 +232,7 @@ class MasterWeights:
             elif gradient.numel() <= TOGETHER:
                 self._wait(name, gradient, add=count > 1)
             else:
-                _move([self.gradients[name]], [gradient], add=count > 1)
+                move([self.gradients[name]], [gradient], add=count > 1)
             parameter.grad = None
             if count == expected:
                 bucket.missing -= 1
@@ -253,7 +254,7 @@ class MasterWeights:
         """Move the gradients that wait into their places."""
         if self._waiting:
             places = [self.gradients[name] for name in self._waiting]
-            _move(places, list(self._waiting.values()), add=self._waiting_add)
+            move(places, list(self._waiting.values()), add=self._waiting_add)
             self._forget_waiting()
 
     def _forget_waiting(self) -> None:
@@ -294,11 +295,3 @@ class MasterWeights:
             total = sum_(torch.cat(gradients), axis)
             for gradient, found in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(found)
-
-
-def _move(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
-    """Write gradients into their places, or add them to what is there."""
-    if add:
-        torch._foreach_add_(places, gradients)
-    else:
-        torch._foreach_copy_(places, gradients)

@@ -153,13 +153,13 @@ def test_gradients_are_the_sum_over_micro_batches_bit_for_bit(
 def test_small_gradients_are_moved_by_as_few_calls_as_may_be(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(master_module, "WAITING", waiting)
     moved: list[tuple[list[int], bool]] = []
-    move = master_module._move
+    move = master_module.move
 
     def counted(places: list[Tensor], gradients: list[Tensor], *, add: bool) -> None:
         moved.append(([gradient.numel() for gradient in gradients], add))
         move(places, gradients, add=add)
 
-    monkeypatch.setattr(master_module, "_move", counted)
+    monkeypatch.setattr(master_module, "move", counted)
     model = model_of(torch.float32)
     master = master_of(model)
     master.start_step(3)
