@@ -18,8 +18,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias (arXiv:1607.06450)."""
-    if x.dtype.itemsize >= 4:  # torch 2.11 loses the gradient of a compiled Function whose result is a cast to its own
-        return F.layer_norm(x, weight.shape, weight, bias, eps)  # dtype
+    if x.dtype.itemsize >= 4:  # no idle cast: last in a compiled Function, it loses torch 2.11 the gradient
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     # F.layer_norm in bfloat16 is not its float32 result rounded.
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
