@@ -68,6 +68,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether an operator on this tensor is a kernel of ours: on a GPU, and not while torch.compile traces it."""
+    return is_gpu(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
 def backend(device: torch.device) -> str:
     """The communication backend that serves this device."""
     return "nccl" if is_gpu(device) else "gloo"

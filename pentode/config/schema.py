@@ -116,7 +116,7 @@ class ModelArgs:
         25, description="MiB of gradients from which whole blocks are reduced together"
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile blocks, loss and optimizer; auto: on a GPU"
+        "auto", description="torch.compile blocks; auto: on a GPU, where kernels of ours do not do all of a block"
     )
     activation_budget: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of activations that compiled blocks keep for backward; what is cheap is computed again"

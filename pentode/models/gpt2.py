@@ -77,8 +77,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:  # [T, D]
         x, normed = self.attn_norm.beside(x)
-        x = x + self.attn_dropout(self.attn(normed, shared, cache), shared.local_keys)
-        x, normed = self.mlp_norm.beside(x)
+        x, normed = self.mlp_norm.beside(x, self.attn_dropout(self.attn(normed, shared, cache), shared.local_keys))
         return x + self.mlp_dropout(self.mlp(normed), shared.local_keys)
 
 

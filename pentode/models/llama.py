@@ -53,8 +53,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:  # [T, D]
         x, normed = self.attn_norm.beside(x)
-        x = x + self.attn(normed, shared, cache)
-        x, normed = self.mlp_norm.beside(x)
+        x, normed = self.mlp_norm.beside(x, self.attn(normed, shared, cache))
         return x + self.mlp(normed)
 
 

@@ -11,7 +11,7 @@ from pentode.nn.cache import LayerCache
 from pentode.nn.dropout import Dropout
 from pentode.nn.shared import Shared
 from pentode.ops.attention import attention, attention_with_dropout
-from pentode.ops.rope import rotate
+from pentode.ops.rope import rotate_heads
 from pentode.parallel.tensor import ColumnLinear, Place, RowLinear
 
 
@@ -61,10 +61,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2K, E]
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.rotary is not None:
+        if self.rotary is None:
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        else:
             interleaved = self.rotary == "interleaved"
-            q, k = (rotate(t, shared.cos, shared.sin, interleaved=interleaved) for t in (q, k))
+            q, k, v = rotate_heads(heads, shared.cos, shared.sin, kv_heads=self.kv_heads, interleaved=interleaved)
         q, k, v = (t.unflatten(0, (-1, shared.sequence_length)) for t in (q, k, v))  # [B, S, H or K, E]
         if cache is not None:
             k, v = cache.extend(k, v)

@@ -23,9 +23,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and its norm, for a stream that goes on beside it."""
-        return beside_norm(x, self.weight, None, self.eps)
+    def beside(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, or x + added, and its norm, for a stream that goes on beside it."""
+        return beside_norm(x, self.weight, None, self.eps, added=added)
 
 
 class LayerNorm(nn.Module):
@@ -40,6 +40,6 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and its norm, for a stream that goes on beside it."""
-        return beside_norm(x, self.weight, self.bias, self.eps)
+    def beside(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, or x + added, and its norm, for a stream that goes on beside it."""
+        return beside_norm(x, self.weight, self.bias, self.eps, added=added)

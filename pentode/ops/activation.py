@@ -39,17 +39,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, whose backward is one kernel."""
+    """silu(gate) * up, one kernel each way; in compiled blocks forward is theirs."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if devices.runs_kernels(gate_up):
+            from pentode.ops.activation_kernel import swiglu as by_kernel
+
+            return by_kernel(gate_up.contiguous())
         return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        return swiglu_backward(grad, gate_up)
+        return swiglu_backward(grad, gate_up) if torch.compiler.is_compiling() else _swiglu_backward(grad, gate_up)
 
 
 @torch.library.custom_op("pentode::swiglu_backward", mutates_args=())
@@ -58,10 +62,6 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
     One pass on a GPU: compiled operators read everything once for either half (docs/performance.md).
     """
-    if devices.is_gpu(grad.device):
-        from pentode.ops.activation_kernel import swiglu_backward as by_kernel
-
-        return by_kernel(grad.contiguous(), gate_up.contiguous())
     return _swiglu_backward(grad, gate_up)
 
 
@@ -95,6 +95,10 @@ def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    if devices.is_gpu(grad.device):
+        from pentode.ops.activation_kernel import swiglu_backward as by_kernel
+
+        return by_kernel(grad.contiguous(), gate_up.contiguous())
     gate, up = gate_up.chunk(2, dim=1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid

@@ -1,4 +1,4 @@
-"""A Triton kernel: the backward of SwiGLU. Imported only where a GPU runs it."""
+"""Triton kernels: SwiGLU and its backward. Imported only where a GPU runs them."""
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
@@ -7,6 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 2048  # of a row, that one program computes
+
+
+@triton.jit
+def _swiglu(gate_up: tl.tensor, found: tl.tensor, F: tl.tensor, COLUMNS: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < F
+    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(found + row * F + column, (gate * tl.sigmoid(gate) * up).to(found.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -38,6 +48,14 @@ def _swiglu_backward(
         wrong = tl.max(((a != a) | (b != b)).to(tl.int32))  # tl.max ignores NaN
         most = tl.where(wrong > 0, float("nan"), tl.max(tl.maximum(a, b)))
         tl.store(largest + row * tl.num_programs(1) + tl.program_id(1), most)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As `ops.activation.swiglu`, for a contiguous operand on a GPU; computed in float32 and rounded once."""
+    tokens, features = gate_up.shape
+    found = gate_up.new_empty(tokens, features // 2)
+    _swiglu[_grid(found)](gate_up, found, found.shape[1], COLUMNS, num_warps=8)
+    return found
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:

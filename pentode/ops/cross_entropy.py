@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_PRODUCTS = 5  # kept in their dtype until they are added up in one pass
+
 
 class Passes(NamedTuple):
     """The passes over logits [n, V], in at least float32 whatever their dtype, and over products of one shape.

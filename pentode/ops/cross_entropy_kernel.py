@@ -1,4 +1,4 @@
-"""A Triton kernel: the statistics of rows of logits, each read once. Imported only where a GPU runs it."""
+"""Triton kernels: the passes of a cross-entropy, each one reading. Imported only where a GPU runs them."""
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pentode.ops.cross_entropy import MOST_PRODUCTS, Passes
+
 COLUMNS = 1024  # of a row, of which a program takes four pieces at a time
+BLOCK, WARPS = 2048, 8  # elements of a program that works on them one by one: 8 a thread
 LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities is no number
 
 
@@ -37,9 +40,75 @@ def _piece(start: tl.tensor, column: tl.tensor, held: tl.tensor) -> tl.tensor:
     return tl.load(start + column, mask=column < held, other=LOWEST).to(tl.float32)
 
 
+@triton.jit
+def _gradient(
+    logits: tl.tensor,
+    log_total: tl.tensor,
+    factor: tl.tensor,
+    hot: tl.tensor,
+    row: tl.tensor,
+    V: tl.tensor,
+    held: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = logits + token * V + column
+    real = tl.load(here, mask=column < held, other=0.0).to(tl.float32)
+    grad = tl.exp(real - tl.load(log_total + token)) * tl.load(factor + token)
+    grad -= tl.where(column == tl.load(row + token), tl.load(hot + token), 0.0)
+    tl.store(here, tl.where(column < held, grad, 0.0).to(logits.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _total(
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
+    e: tl.tensor,
+    scale: tl.tensor,
+    total: tl.tensor,
+    N: tl.tensor,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    found = tl.load(a + at, mask=inside).to(tl.float32)
+    if COUNT > 1:
+        found += tl.load(b + at, mask=inside).to(tl.float32)
+    if COUNT > 2:
+        found += tl.load(c + at, mask=inside).to(tl.float32)
+    if COUNT > 3:
+        found += tl.load(d + at, mask=inside).to(tl.float32)
+    if COUNT > 4:
+        found += tl.load(e + at, mask=inside).to(tl.float32)
+    tl.store(total + at, (found * tl.load(scale)).to(total.dtype.element_ty), mask=inside)
+
+
 def statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
     """As `ops.cross_entropy.Passes.statistics`, for contiguous logits on a GPU, no wider than float32."""
     rows, V = logits.shape
     top, total = logits.new_empty(2, rows, dtype=torch.float32)
     _statistics[(rows,)](logits, top, total, V, held, COLUMNS, num_warps=4)
     return top, total
+
+
+def gradient_(logits: Tensor, held: int, log_total: Tensor, factor: Tensor, hot: Tensor, row: Tensor) -> None:
+    """As `Passes.gradient_`, likewise."""
+    rows, V = logits.shape
+    _gradient[(rows, triton.cdiv(V, BLOCK))](logits, log_total, factor, hot, row, V, held, BLOCK, num_warps=WARPS)
+
+
+def total(products: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `Passes.total`, for up to MOST_PRODUCTS contiguous products, likewise."""
+    assert len(products) <= MOST_PRODUCTS, f"{len(products)} products to add at once"
+    found = torch.empty_like(products[0], dtype=dtype)
+    operands = [*products, *[products[0]] * (MOST_PRODUCTS - len(products))]
+    grid = (triton.cdiv(found.numel(), BLOCK),)
+    _total[grid](*operands, scale, found, found.numel(), len(products), BLOCK, num_warps=WARPS)
+    return found
+
+
+PASSES = Passes(statistics, gradient_, total)

@@ -24,19 +24,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
-def beside_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x, and its norm: `layer_norm` if there is a bias, else `rms_norm`.
+def beside_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, to which something may be `added`, and its norm: `layer_norm` if there is a bias, else `rms_norm`.
 
-    For a stream that goes on beside its norm: in compiled blocks one operator, which is a kernel on a GPU, makes the
-    norm's gradient and adds the stream's (docs/performance.md).
+    For a stream that goes on beside its norm. On a GPU one kernel adds and takes the norm, and one, also in compiled
+    blocks, makes the norm's gradient and adds the stream's (docs/performance.md).
     """
+    if devices.runs_kernels(x):
+        return _KernelBesideNorm.apply(x, added, weight, bias, eps)
+    x = x if added is None else x + added
     if torch.compiler.is_compiling():
         return _BesideNorm.apply(x, weight, bias, eps)
     return x, _norm(x, weight, bias, eps)
 
 
 class _BesideNorm(torch.autograd.Function):
-    """A copy of x, which compiled code does not make, and its norm. Keeps x."""
+    """To be compiled: a copy of x, which compiled code does not make, and its norm. Keeps x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,27 @@ class _BesideNorm(torch.autograd.Function):
         return grad_x, sums[0], sums[1] if ctx.centred else None, None
 
 
+class _KernelBesideNorm(torch.autograd.Function):
+    """On a GPU: x + added, or x itself, and its norm. Keeps that sum."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        from pentode.ops.norm_kernel import norm
+
+        stream, normed = norm(x.contiguous(), None if added is None else added.contiguous(), weight, bias, eps)
+        ctx.save_for_backward(stream, weight)
+        ctx.eps, ctx.centred, ctx.adds = eps, bias is not None, added is not None
+        return stream, normed
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, stream: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, sums = _norm_backward(stream, grad, x, weight, ctx.eps, ctx.centred)
+        return grad_x, grad_x if ctx.adds else None, sums[0], sums[1] if ctx.centred else None, None
+
+
 @torch.library.custom_op("pentode::norm_backward", mutates_args=())
 def norm_backward(
     stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
@@ -60,6 +86,18 @@ def norm_backward(
     stream, grad, x  [T, D]; weight [D]
     found            [T, D]; and [2, D] if `centred`, for `layer_norm`; else [1, D], for `rms_norm`, without a bias
     """
+    return _norm_backward(stream, grad, x, weight, eps, centred)
+
+
+@norm_backward.register_fake
+def _(stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return found, weight.new_empty(2 if centred else 1, x.shape[1])
+
+
+def _norm_backward(
+    stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
     if devices.is_gpu(x.device) and x.dtype != torch.float64:
         from pentode.ops.norm_kernel import norm_backward as by_kernel
 
@@ -74,12 +112,6 @@ def norm_backward(
     grad_x = (stream + inner * scale).to(x.dtype).contiguous()
     sums = [(g * normed).sum(0), g.sum(0)] if centred else [(g * normed).sum(0)]
     return grad_x, torch.stack(sums).to(weight.dtype)
-
-
-@norm_backward.register_fake
-def _(stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
-    found = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return found, weight.new_empty(2 if centred else 1, x.shape[1])
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

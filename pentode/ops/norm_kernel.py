@@ -1,4 +1,4 @@
-"""A Triton kernel: the backward of a norm beside its stream. Imported only where a GPU runs it."""
+"""Triton kernels: a norm beside its stream, and its backward. Imported only where a GPU runs them."""
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
@@ -12,6 +12,36 @@ ELEMENTS = 8  # of a row, for each thread
 AT_ONCE = 8192  # elements that a multiprocessor works on: as many rows as they make, but at least one
 REGISTERS = 64  # of a thread: with more, not all of these rows fit
 ROWS, COLUMNS = 128, 32  # of a tile, in the sum of what the programs found
+
+
+@triton.jit
+def _norm(
+    x: tl.tensor,
+    added: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    stream: tl.tensor,
+    normed: tl.tensor,
+    D: tl.tensor,
+    eps: tl.tensor,
+    ADDED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    here = tl.program_id(0).to(tl.int64) * D + column
+    a = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        total = (a + tl.load(added + here, mask=inside, other=0.0).to(tl.float32)).to(stream.dtype.element_ty)
+        tl.store(stream + here, total, mask=inside)
+        a = total.to(tl.float32)  # what the stream holds, rounded
+    if CENTRED:
+        a = tl.where(inside, a - tl.sum(a) / D, 0.0)
+    y = a * tl.rsqrt(tl.sum(a * a) / D + eps) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + here, y.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -70,6 +100,28 @@ def _sum_columns(
     tl.store(total + tl.program_id(1) * D + column, found, mask=column < D)
 
 
+def norm(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, or x itself if that is None, and its norm, as `ops.norm.beside_norm`; all contiguous, on a GPU."""
+    T, D = x.shape
+    stream, normed = x if added is None else torch.empty_like(x), torch.empty_like(x)
+    width = triton.next_power_of_2(D)
+    _norm[(T,)](
+        x,
+        x if added is None else added,
+        weight,
+        weight if bias is None else bias,
+        stream,
+        normed,
+        D,
+        eps,
+        ADDED=added is not None,
+        CENTRED=bias is not None,
+        WIDTH=width,
+        num_warps=_warps(width),
+    )
+    return stream, normed
+
+
 def norm_backward(
     stream: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
@@ -92,8 +144,12 @@ def norm_backward(
         eps,
         CENTRED=centred,
         WIDTH=width,
-        num_warps=min(max(width // (32 * ELEMENTS), 1), 32),
+        num_warps=_warps(width),
         maxnreg=REGISTERS,
     )
     _sum_columns[(triton.cdiv(D, COLUMNS), kinds)](parts, total, programs, D, ROWS, COLUMNS, num_warps=8)
     return found, total
+
+
+def _warps(width: int) -> int:
+    return min(max(width // (32 * ELEMENTS), 1), 32)

@@ -4,10 +4,16 @@ T tokens, H heads, E head size. Feature i turns together with feature i + E/2, a
 `interleaved`, feature 2i with 2i + 1, as in the paper.
 """
 
+# An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
 from math import pi
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pentode import device as devices
 
 
 def frequencies(head_dim: int, *, theta: float, dtype: torch.dtype) -> Tensor:
@@ -41,3 +47,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     a, b = a * cos - b * sin, b * cos + a * sin
     y = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
     return y.to(x.dtype)
+
+
+def rotate_heads(
+    heads: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, interleaved: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v from what a fused layer made of them, q and k turned by their tokens' angles; one kernel on a GPU.
+
+    heads  [T, H + 2K, E]; cos and sin [T, 1, E/2]
+    found  [T, H, E], and [T, K, E] twice
+    """
+    if devices.runs_kernels(heads):
+        return _RotateHeads.apply(heads, cos, sin, kv_heads, interleaved)
+    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    q, k = (rotate(t, cos, sin, interleaved=interleaved) for t in (q, k))
+    return q, k, v
+
+
+class _RotateHeads(torch.autograd.Function):
+    """q and k of their own, and v as it lies among `heads`. Keeps the angles."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, heads: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from pentode.ops.rope_kernel import turn
+
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        q, k = turn(heads.contiguous(), cos, sin, kv_heads=kv_heads, interleaved=interleaved)
+        return q, k, heads[:, -kv_heads:]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+        from pentode.ops.rope_kernel import turn_back
+
+        cos, sin = ctx.saved_tensors
+        grads = (q.contiguous(), k.contiguous(), v.contiguous())
+        return turn_back(*grads, cos, sin, interleaved=ctx.interleaved), None, None, None, None

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pentode import device as devices
 from pentode import log
 from pentode.optim import fused
 from pentode.optim.flat import Shard, Stepped, nobody
 from pentode.optim.layout import ALIGN
 
 PIECE = 1 << 24  # elements that the plain form updates at a time, so that its temporaries stay small
-LARGE_PIECE = 1 << 30  # elements that the compiled form updates at a time: numbered by 32 bits
+LARGE_PIECE = 1 << 30  # elements that the one-pass form updates at a time: compiled, it numbers them by 32 bits
 Update = Callable[..., None]
 
 
@@ -32,8 +31,8 @@ class AdamW:
 
     updates  updates made so far, 0-d float32 on the device; a step that is not finite makes none
 
-    `use_fused`: torch's fused operator where it has one; or, where `update` is given, that: `update_` compiled, which
-    reads and writes everything once, 30 bytes a parameter with bfloat16 weights and float32 gradients.
+    `use_fused`: torch's fused operator where it has one; or, where `update` is given, that: `update_` compiled, or a
+    kernel, which reads and writes everything once, 30 bytes a parameter with bfloat16 weights and float32 gradients.
     """
 
     def __init__(
@@ -56,8 +55,6 @@ class AdamW:
         beta1, beta2 = betas
         self._constants = torch.tensor([1 - beta1, beta2, 1 - beta2, eps], dtype=torch.float64, device=device)
         self._parts = [_Part(shard, torch.zeros_like(shard.weight), torch.zeros_like(shard.weight)) for shard in shards]
-        if self.update is not None and devices.is_gpu(device):
-            self._try_update()
 
     @torch.no_grad()
     def step(self, *, learning_rate: float | Tensor, scale: Tensor, finite: Tensor, stepped: Stepped = nobody) -> None:
@@ -115,23 +112,6 @@ class AdamW:
                 for piece in _pieces(tensors, PIECE):
                     update_(*piece, *numbers)
             stepped(shard)
-
-    @torch.no_grad()
-    def _try_update(self) -> None:
-        """Have the compiled update choose its kernel on small tensors: it tries variants on copies of all it changes.
-
-        In the first step those would be copies of everything: tens of GB, on the host where the device is full.
-        """
-        one = self.updates.new_ones(())
-        numbers = self._numbers(0.0, 0.0, scale=one, finite=one.bool())
-        kinds = {
-            (s.weight.dtype, s.gradient.dtype, None if s.model is s.weight else s.model.dtype)
-            for s, _, _ in self._parts
-        }
-        for weight, gradient, model in sorted(kinds, key=str):
-            dtypes = (weight, gradient, weight, weight, model)
-            tensors = [None if dtype is None else self.updates.new_zeros(PIECE, dtype=dtype) for dtype in dtypes]
-            self.update(*(t if t is None else t.view(-1, ALIGN) for t in tensors), *numbers)
 
     def _numbers(
         self, learning_rate: float | Tensor, weight_decay: float, *, scale: Tensor, finite: Tensor

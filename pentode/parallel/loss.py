@@ -13,13 +13,12 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
-from pentode.ops.cross_entropy import PLAIN, Passes
+from pentode.ops.cross_entropy import MOST_PRODUCTS, PLAIN, Passes
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
 # product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md).
 SLICE_BYTES = 2 << 30
-MOST_PRODUCTS = 5  # of slices, kept in their dtype until they are added up in one pass
 
 
 class Vocab(NamedTuple):

@@ -1,4 +1,8 @@
-"""What of a step is compiled: blocks, one graph for all of a kind (design 1.4), recomputed or not; loss; optimizer."""
+"""What of a step is one kernel of ours, and what torch compiles: blocks, one graph for all of a kind; loss; optimizer.
+
+On a GPU the operators of a Llama's blocks, the loss and AdamW are Triton kernels. Nothing is compiled then: a run
+begins without torch's compiler, whose import and tracing take longer than all else (docs/performance.md).
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, ParamSpec
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pentode import device as devices
+from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.schema import Config
 from pentode.errors import ConfigError
 from pentode.nn.causal_lm import CausalLM, run_block
@@ -14,8 +19,7 @@ from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
 
-# To try variants of a kernel that writes where it reads, inductor first copies all that: GBs of logits. This one comes
-# to 2.95 TB/s without. (The optimizer's comes to 2.1 without and 2.96 with: it tries them by itself, on small tensors.)
+# Inductor tries variants of a kernel that writes where it reads on copies of all that: GBs of logits.
 IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
 
 # torch keeps a compiled graph with an autograd Function in its cache only if told that this is safe. It is here: both
@@ -28,7 +32,7 @@ P = ParamSpec("P")
 
 
 class Kernels(NamedTuple):
-    """What a step computes outside of its blocks: in plain form, or compiled.
+    """What a step computes outside of its blocks: in plain form, compiled, or by kernels of ours.
 
     loss    the passes over logits
     update  AdamW's update in one pass, for buffers of all lengths; None: torch's operators
@@ -39,20 +43,35 @@ class Kernels(NamedTuple):
 
 
 def is_wanted(config: Config, device: torch.device) -> bool:
-    """Whether to compile, as the config says."""
+    """Whether to compile, as the config says; by itself, on a GPU, where kernels do not do all of a block."""
     mode = config.model.compile
-    return mode == "on" or (mode == "auto" and devices.is_gpu(device))
+    return mode == "on" or (mode == "auto" and devices.is_gpu(device) and not has_all_kernels(config))
+
+
+def has_all_kernels(config: Config) -> bool:
+    """Whether there is a kernel for everything in a block that is neither a product nor attention."""
+    model, p = config.model, config.parallelism
+    plain = model.float8 is None and model.activation_budget == 1 and p.recompute_layer != "selective"
+    shape = model.model_config
+    return (
+        plain
+        and model.dtype != "float64"
+        and p.tp == 1
+        and isinstance(shape, LlamaConfig)
+        and (shape.hidden_act == "silu")
+    )
 
 
 def kernels(config: Config, device: torch.device) -> Kernels:
-    """The kernels that the config asks for."""
+    """The kernels of loss and optimizer: ours on a GPU, else compiled, or none."""
+    if devices.is_gpu(device) and config.model.dtype != "float64":
+        from pentode.ops.cross_entropy_kernel import PASSES
+        from pentode.optim.adamw_kernel import update_ as by_kernel
+
+        return Kernels(PASSES, by_kernel)
     if not is_wanted(config, device):
         return Kernels()
     loss = Passes(*(torch.compile(one, fullgraph=True, options=IN_PLACE) for one in TO_COMPILE))
-    if devices.is_gpu(device) and config.model.dtype != "float64":
-        from pentode.ops.cross_entropy_kernel import statistics
-
-        loss = loss._replace(statistics=statistics)
     return Kernels(loss, update=torch.compile(update_, fullgraph=True, dynamic=True))
 
 

@@ -27,6 +27,8 @@ STEPS = 20
 LEARNING_RATE = 3.5e-4
 # eps as large as gradients are: with a small one, Adam steps far where a gradient is all rounding, and two runs part.
 ADAM = {"adam_eps": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.95, "torch_adam_is_fused": True}
+# bfloat16 has 8 bits: each product is rounded by up to 2^-9, and rounding differs where sums are cut elsewhere.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 SAMPLES, SEQUENCE, VOCABULARY = 8, 64, 500
 SEEN = 40  # tokens that the batch has: to learn just that is a loss of 2.5 nats less
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What a run on one or two GPUs may differ in."""
+    """What a run on one or two GPUs may differ in; `compile` is model.compile."""
 
     dp: int = 1
     tp: int = 1
@@ -68,6 +70,7 @@ class Layout:
     overlap: bool = False
     zero: int = 0
     recompute: bool | str = False
+    compile: str = "auto"
 
     @property
     def ranks(self) -> int:
@@ -81,6 +84,16 @@ class Found:
     losses: list[float]
     first: dict[str, float]
     last: dict[str, float]
+
+
+def furthest(one: Found, other: Found) -> tuple[float, str, int]:
+    """How far a gradient norm is from the other's, relatively, at the most; of which kind, at which step."""
+    assert one.first.keys() == other.first.keys()
+    return max(
+        (abs(others[kind] / norm - 1), kind, step)
+        for step, ones, others in ((1, one.first, other.first), (STEPS, one.last, other.last))
+        for kind, norm in ones.items()
+    )
 
 
 def overfit(*, model: str, layout: Layout, dtype: str) -> Found:
@@ -115,7 +128,7 @@ def _config(model: str, layout: Layout, dtype: str) -> Config:
                 "tp_linear_async_communication": layout.overlap,
                 "recompute_layer": layout.recompute,
             },
-            model={"dtype": dtype, "model_config": SHAPES[model]},
+            model={"dtype": dtype, "compile": layout.compile, "model_config": SHAPES[model]},
             tokens={
                 "sequence_length": SEQUENCE,
                 "micro_batch_size": SAMPLES // layout.dp // layout.micro_batches,
