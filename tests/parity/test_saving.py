@@ -70,7 +70,9 @@ def content(root: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
-    "changes", [{"model__dtype": "bfloat16", "optimizer__zero_stage": 1}, {}], ids=["zero1", "zero0"]
+    "changes",
+    [{"model__dtype": "bfloat16", "optimizer__zero_stage": 1}, pytest.param({}, marks=pytest.mark.long)],
+    ids=["zero1", "zero0"],
 )
 def test_the_files_are_those_of_saves_that_are_waited_for(
     tmp_path: Path, layout: dict[str, Any], changes: dict[str, Any]

@@ -11,7 +11,7 @@ from benchmarks.reliability.campaigns import CAMPAIGNS
 multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
 
 SHORT = {  # cases, and cases of a pentode that is broken on purpose
-    "kills": (3, 2),
+    "kills": (2, 1),
     "crash-points": (6, 2),
     "crash-points-strace": (2, 0),
     "power-loss": (300, 0),
@@ -23,10 +23,11 @@ SHORT = {  # cases, and cases of a pentode that is broken on purpose
     "full-disk": (2, 0),
     "preemptions": (4, 3),
 }
+SLOW = ("crash-points-strace", "io-errors-strace")  # which trace every call of the system
 SEED = 1  # another than the long form's
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in SLOW else n for n in SHORT])
 def test_a_campaign_ends_as_promised_and_would_notice_if_not(tmp_path: Path, name: str) -> None:
     cases, control = SHORT[name]
     result = conduct(CAMPAIGNS[name], tmp_path / name, cases=cases, control=control, seed=SEED)

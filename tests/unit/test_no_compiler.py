@@ -3,8 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from tests.helpers.tiny import tiny_yaml
+import pytest
+import torch
+
+from pentode.run.compiled import is_wanted
+from tests.helpers.tiny import tiny_config, tiny_yaml
 
 LLAMA = {
     "type": "llama",
@@ -31,3 +36,30 @@ def test_a_llama_trains_without_the_compiler(tmp_path: Path) -> None:
     file = tiny_yaml(tmp_path, general__device="auto", model__model_config=LLAMA)
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, False),
+        ({"parallelism__recompute_layer": True}, False),
+        ({"model__dtype": "float32", "parallelism__pp": 2}, False),
+        ({"model__compile": "on"}, True),
+        ({"model__dtype": "float64"}, True),
+        ({"model__model_config": LLAMA | {"hidden_act": "gelu"}}, True),
+        ({"model__activation_budget": 0.5}, True),
+        ({"parallelism__recompute_layer": "selective"}, True),
+        ({"parallelism__tp": 2}, True),
+        ({"model__float8": "tensorwise", "model__model_config": LLAMA | {"intermediate_size": 64}}, True),
+    ],
+    ids=str,
+)
+def test_a_gpu_compiles_what_has_no_kernel(tmp_path: Path, changes: dict[str, Any], wanted: bool) -> None:
+    changes = {"model__dtype": "bfloat16", "model__model_config": LLAMA} | changes
+    config = tiny_config(tmp_path, **changes)
+    assert is_wanted(config, torch.device("cuda")) is wanted
+    assert is_wanted(config, torch.device("cpu")) is (changes.get("model__compile") == "on")
+
+
+def test_a_gpu_compiles_a_gpt_2(tmp_path: Path) -> None:
+    assert is_wanted(tiny_config(tmp_path), torch.device("cuda"))
