@@ -19,9 +19,6 @@ from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
 
-# Inductor tries variants of a kernel that writes where it reads on copies of all that: GBs of logits.
-IN_PLACE: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
-
 # torch keeps a compiled graph with an autograd Function in its cache only if told that this is safe. It is here: both
 # directions are in the traced graph, by which an entry is found, and groups, sizes and ranks are literals in it.
 CACHED: dict[str, Any] = {
@@ -51,27 +48,23 @@ def is_wanted(config: Config, device: torch.device) -> bool:
 def has_all_kernels(config: Config) -> bool:
     """Whether there is a kernel for everything in a block that is neither a product nor attention."""
     model, p = config.model, config.parallelism
-    plain = model.float8 is None and model.activation_budget == 1 and p.recompute_layer != "selective"
-    shape = model.model_config
-    return (
-        plain
-        and model.dtype != "float64"
-        and p.tp == 1
-        and isinstance(shape, LlamaConfig)
-        and (shape.hidden_act == "silu")
-    )
+    shape, plain = model.model_config, model.float8 is None and model.dtype != "float64"
+    whole = p.tp == 1 and p.recompute_layer != "selective" and model.activation_budget == 1
+    return plain and whole and isinstance(shape, LlamaConfig) and shape.hidden_act == "silu"
 
 
 def kernels(config: Config, device: torch.device) -> Kernels:
-    """The kernels of loss and optimizer: ours on a GPU, else compiled, or none."""
-    if devices.is_gpu(device) and config.model.dtype != "float64":
+    """The kernels of loss and optimizer: on a GPU ours, but for float64; on a CPU compiled, where that is wanted."""
+    if devices.is_gpu(device):
+        if config.model.dtype == "float64":
+            return Kernels()
         from pentode.ops.cross_entropy_kernel import PASSES
         from pentode.optim.adamw_kernel import update_ as by_kernel
 
         return Kernels(PASSES, by_kernel)
     if not is_wanted(config, device):
         return Kernels()
-    loss = Passes(*(torch.compile(one, fullgraph=True, options=IN_PLACE) for one in TO_COMPILE))
+    loss = Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE))
     return Kernels(loss, update=torch.compile(update_, fullgraph=True, dynamic=True))
 
 
