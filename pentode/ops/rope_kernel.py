@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+PAIRS_A_THREAD = 16  # of features
+
 
 @triton.jit
 def _turn(
@@ -92,7 +94,7 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, interleaved:
     """q [T, H, E] and k [T, K, E] of `heads` [T, H + 2K, E], turned; all contiguous, on a GPU, angles in float32."""
     T, count, E = heads.shape
     q, k = heads.new_empty(T, count - 2 * kv_heads, E), heads.new_empty(T, kv_heads, E)
-    sizes = {"HEADS": triton.next_power_of_2(count - kv_heads), "PAIRS": triton.next_power_of_2(E // 2)}
+    sizes = _sizes(count - kv_heads, E)
     _turn[(T,)](heads, q, k, cos, sin, count - 2 * kv_heads, kv_heads, E, INTERLEAVED=interleaved, **sizes)
     return q, k
 
@@ -101,6 +103,11 @@ def turn_back(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, inte
     """The gradient of `heads` [T, H + 2K, E] from those of q [T, H, E], k and v [T, K, E]; likewise."""
     (T, H, E), K = q.shape, k.shape[1]
     heads = q.new_empty(T, H + 2 * K, E)
-    sizes = {"HEADS": triton.next_power_of_2(H + 2 * K), "PAIRS": triton.next_power_of_2(E // 2)}
-    _turn_back[(T,)](q, k, v, heads, cos, sin, H, K, E, INTERLEAVED=interleaved, **sizes)
+    _turn_back[(T,)](q, k, v, heads, cos, sin, H, K, E, INTERLEAVED=interleaved, **_sizes(H + 2 * K, E))
     return heads
+
+
+def _sizes(heads: int, E: int) -> dict[str, int]:
+    """A program's tile, of one token, and its warps."""
+    HEADS, PAIRS = triton.next_power_of_2(heads), triton.next_power_of_2(E // 2)
+    return {"HEADS": HEADS, "PAIRS": PAIRS, "num_warps": min(max(HEADS * PAIRS // (32 * PAIRS_A_THREAD), 1), 16)}
