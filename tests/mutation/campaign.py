@@ -31,7 +31,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; th
 
 import torch
 
-from tests.mutation.mutants import STAND_INS, Mutant, mutants_of
+from tests.mutation.by_tests import Tried, attempt_by_tests, complete, everything, patience_after
+from tests.mutation.files import Trial
+from tests.mutation.mutants import STAND_INS, Mutant
 from tests.mutation.survivors import reason_for, unneeded
 from tests.mutation.trial import FORK, Orders, Verdict, attempt, expect
 
@@ -44,13 +46,17 @@ NEWS = 15.0  # seconds between lines of progress
 @dataclass
 class _Running:
     mutant: Mutant | None  # None: the package as it is
+    trial: Trial | None
     process: BaseProcess
     folder: Path
     end: float
 
 
 class Campaign:
-    """Runs mutants' processes, `workers` at a time; first on the layouts that ended others of the same file."""
+    """Runs mutants' processes, `workers` at a time; on layouts first on those that ended others of the same file.
+
+    layouts  how many of them; 0: all mutants are for tests
+    """
 
     def __init__(self, place: Path, *, workers: int, layouts: int | None = None, patience: float = PATIENCE) -> None:
         self.place, self.workers, self.patience = place, workers, patience
@@ -59,8 +65,9 @@ class Campaign:
         shutil.copyfile(Path(__file__).with_name(f"{STAND_INS}.py"), self.original / "pentode" / f"{STAND_INS}.py")
         compileall.compile_dir(self.original, quiet=1)  # once for all mutants, which change one file each
         self.expected.mkdir()
-        self.layouts = self._expect(layouts)
-        self.ended: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self.layouts = 0 if layouts == 0 else self._expect(layouts)
+        self.ended: defaultdict[str, Counter[int | str]] = defaultdict(Counter)
+        self.took: dict[Trial, float] = {}  # seconds, with the package as it is
 
     def _expect(self, layouts: int | None) -> int:
         """Find what one process makes of the problems, and import what that took, so that mutants' processes need not.
@@ -88,14 +95,15 @@ class Campaign:
         assert threads == 1, f"{threads} threads; those besides the first would be lost in forks"
         return found[0][0]
 
-    def run(self, mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, Verdict]]:
+    def run(self, mutants: Sequence[Tried]) -> Iterator[tuple[Mutant, Verdict]]:
         """Each mutant and what became of it, as it becomes known. The package as it is goes first, and must live."""
-        queue: list[Mutant | None] = [*reversed(mutants), None]
+        kinds = dict.fromkeys(trial for _, trial in mutants)
+        queue = [*reversed(mutants), *((None, trial) for trial in kinds)]
         running: dict[Connection, _Running] = {}
         try:
             while queue or running:
                 while queue and len(running) < self.workers:
-                    pipe, one = self._start(queue.pop())
+                    pipe, one = self._start(*queue.pop())
                     running[pipe] = one
                 ready = wait(list(running), timeout=1.0)
                 late = [pipe for pipe, one in running.items() if time.monotonic() > one.end and pipe not in ready]
@@ -109,28 +117,38 @@ class Campaign:
                     if one.mutant is not None:
                         self.ended[one.mutant.path][-1 if verdict.layout is None else verdict.layout] += 1
                         yield one.mutant, verdict
+                    elif one.trial is not None:
+                        self.took[one.trial] = verdict.seconds
         finally:
             for one in running.values():
                 _end(one)
 
-    def _start(self, mutant: Mutant | None) -> tuple[Connection, _Running]:
+    def _start(self, mutant: Mutant | None, trial: Trial | None) -> tuple[Connection, _Running]:
         folder = Path(tempfile.mkdtemp(dir=self.place)).resolve()
         shutil.copytree(self.original, folder, dirs_exist_ok=True)
-        order, module, slow = list(range(self.layouts)), None, False
         if mutant is not None:
             path = folder / mutant.path
             path.write_text(mutant.of(path.read_text(encoding="utf-8")), encoding="utf-8")
             for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 compiled.unlink()
-            order.sort(key=lambda number: -self.ended[mutant.path][number])
-            module, slow = mutant.path.removesuffix(".py").replace("/", "."), mutant.slow
         here, there = FORK.Pipe(duplex=False)
-        orders = Orders(order, self.expected, self.patience, module=module, slow=slow)
-        process = FORK.Process(target=attempt, args=(folder, orders, there))
+        if trial is not None:
+            complete(folder, trial, slow=mutant is not None and mutant.slow)
+            patience = patience_after(self.took[trial]) if trial in self.took else 2 * self.patience
+            process = FORK.Process(target=attempt_by_tests, args=(folder, trial, patience, there))
+        else:
+            patience = self.patience * self.layouts
+            process = FORK.Process(target=attempt, args=(folder, self._orders(mutant), there))
         process.start()
         there.close()
-        end = time.monotonic() + STARTING + self.patience * self.layouts
-        return here, _Running(mutant, process, folder, end)
+        return here, _Running(mutant, trial, process, folder, time.monotonic() + STARTING + patience)
+
+    def _orders(self, mutant: Mutant | None) -> Orders:
+        order, module, slow = list(range(self.layouts)), None, False
+        if mutant is not None:
+            order.sort(key=lambda number: -self.ended[mutant.path][number])
+            module, slow = mutant.path.removesuffix(".py").replace("/", "."), mutant.slow
+        return Orders(order, self.expected, self.patience, module=module, slow=slow)
 
     def _verdict(self, pipe: Connection) -> Verdict:
         try:
@@ -149,14 +167,14 @@ def _end(one: _Running) -> None:
     shutil.rmtree(one.folder, ignore_errors=True)
 
 
-def chosen(mutants: Sequence[Mutant], options: argparse.Namespace) -> list[Mutant]:
+def chosen(mutants: Sequence[Tried], options: argparse.Namespace) -> list[Tried]:
     """What the options ask for; those that will live, and take longest, first."""
-    found = [mutant for mutant in mutants if not options.only or any(text in mutant.name for text in options.only)]
+    found = [tried for tried in mutants if not options.only or any(text in tried[0].name for text in options.only)]
     number, of = map(int, options.shard.split("/"))
     found = found[number - 1 :: of]
     if options.sample is not None:
         found = random.Random(options.seed).sample(found, min(options.sample, len(found)))
-    return sorted(found, key=lambda mutant: reason_for(mutant.key) is None)
+    return sorted(found, key=lambda tried: reason_for(tried[0].key) is None)
 
 
 def report(tried: Sequence[tuple[Mutant, Verdict]], *, whole: bool) -> tuple[str, bool]:
@@ -200,19 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and ends mutants' processes
-    everything = mutants_of(ROOT / "pentode")
-    mutants = chosen(everything, options)
+    possible = everything(ROOT / "pentode")
+    mutants = chosen(possible, options)
     if options.list:
-        print("\n".join(f"{mutant.name}\n    {mutant.replacement}" for mutant in mutants))
+        print("\n".join(f"{mutant.name}\n    {mutant.replacement}" for mutant, _ in mutants))
         return 0
     out = options.out if options.out is not None else Path(tempfile.mkdtemp(prefix="mutants-"))
     out.mkdir(parents=True, exist_ok=True)
     begun = news = time.monotonic()
     tried: list[tuple[Mutant, Verdict]] = []
     with tempfile.TemporaryDirectory() as place, (out / "mutants.jsonl").open("w", encoding="utf-8") as file:
-        campaign = Campaign(
-            Path(place).resolve(), workers=options.workers, layouts=options.layouts, patience=options.patience
-        )
+        layouts = options.layouts if any(trial is None for _, trial in mutants) else 0
+        campaign = Campaign(Path(place).resolve(), workers=options.workers, layouts=layouts, patience=options.patience)
         print(
             f"{len(mutants)} mutants, {campaign.layouts} layouts; ready after {time.monotonic() - begun:.0f} s",
             flush=True,
@@ -224,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if verdict.layout is None or len(mutants) <= 20 or time.monotonic() > news + NEWS:
                 news = time.monotonic()
                 print(f"{len(tried)}/{len(mutants)} {news - begun:.0f} s  {verdict.how}: {mutant.name}", flush=True)
-    text, good = report(tried, whole=len(mutants) == len(everything))
+    text, good = report(tried, whole=len(mutants) == len(possible))
     (out / "survivors.md").write_text(text, encoding="utf-8")
     print(f"{text}{time.monotonic() - begun:.0f} s; in {out}")
     return 0 if good else 1

@@ -13,45 +13,21 @@ Nothing of the package is imported here: only its text is read.
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from tests.mutation.files import FILES
+
 STAND_INS = "stand_ins"  # the module of this folder that a mutated package gets
 SHOWN = 100  # characters of a place's text
 
-# Files that decide the numbers of a training step or what is written, and which of their functions, where not all do.
-FILES: dict[str, tuple[str, ...] | None] = {
-    "dist/collectives.py": None,
-    "dist/p2p.py": None,
-    "generate/engine.py": None,
-    "models/gpt2.py": ("Positions.__init__", "build"),
-    "models/llama.py": ("build",),
-    "nn/attention.py": None,
-    "nn/causal_lm.py": None,
-    "nn/dropout.py": None,
-    "nn/norm.py": None,
-    "optim/clip.py": None,
-    "optim/flat.py": None,
-    "optim/layout.py": None,
-    "optim/master.py": None,
-    "parallel/batch.py": None,
-    "parallel/loss.py": None,
-    "parallel/pipeline/runner.py": None,
-    "parallel/pipeline/schedules.py": None,
-    "parallel/recompute.py": None,
-    "parallel/spec.py": None,
-    "parallel/tensor.py": None,
-    "parallel/tensor_overlap.py": None,
-    "run/build.py": ("assemble", "build_mesh", "build_stages", "names_of_model", "padded_vocabulary"),
-    "train/evaluate.py": None,
-    "train/signals.py": ("StopSignal.asked_anywhere",),
-    "train/step.py": None,
-}
 OF_GROUPS = {"dist/collectives.py", "dist/p2p.py", "parallel/tensor_overlap.py"}  # where an axis must have a group
 OF_NUMBERS = {"parallel/pipeline/schedules.py"}  # where `pp` is a number
+OF_PATHS = {"checkpoint", "generate", "train"}  # rooms where `/` joins paths, unless a number stands behind it
+OF_PATHS_BUT = {"generate/engine.py", "train/evaluate.py", "train/sanity.py", "train/signals.py", "train/step.py"}
 
 GIVE_TENSORS = set(  # in place of their first argument
     "replicate all_reduce all_gather reduce_scatter gather gather_again sum_and_split all_max sum_ max_ broadcast_ "
@@ -60,10 +36,16 @@ GIVE_TENSORS = set(  # in place of their first argument
 )
 GIVE_WORK = set(  # or nothing
     "start_sum_ start_sum_and_split_ start_join_ _reduce_scatter _all_gather dist.all_reduce dist.broadcast "
-    "dist.all_gather_object dist.isend dist.irecv send".split()
+    "dist.all_gather_object dist.barrier dist.isend dist.irecv send put_signal wait_signal barrier wait_for_all".split()
 )
 INSTEAD = {  # of those that give something else; {owner} is what the method is of
     "gather_objects": "[{0}]",
+    "beside": "{0}",
+    "together": "({0})()",
+    "together_at_length": "({0})()",
+    "in_turn": "({0})()",
+    "on_first": "(({0})() if {1}.rank == 0 else None)",
+    "on_first_at_length": "(({0})() if {1}.rank == 0 else None)",
     "ring.start": f"{STAND_INS}.stayed({{0}}, {{into}})",
     "receive": f"{STAND_INS}.nothing_of({{0}}, {{owner}}.device)",
     "batch_isend_irecv": "[]",
@@ -76,7 +58,7 @@ INSTEAD = {  # of those that give something else; {owner} is what the method is 
 WAITS = {"wait_tensor", "wait", "wait_for", "before_use", "flush"}
 OF_A_PLACE = {"enter", "leave", "local_tokens"}  # what moves along the axis that its place has
 
-AXES = {"axis", "copies", "data", "pp", "shards", "tp"}  # as variables
+AXES = {"axis", "copies", "data", "pp", "shards", "tp", "world"}  # as variables
 AXES_WITHIN = {"axis", "copies", "data", "dp", "ends", "model", "pp", "tp", "tp_kv", "world"}  # as attributes of these
 WITHIN = {"ctx", "master", "mesh", "place", "ring", "self", "vocab"}
 SAY_WHO_HOLDS = {"copies", "sum_over", "shared_with"}  # arguments
@@ -129,10 +111,10 @@ class _Place:
 Change = tuple[str, ast.expr | str]
 
 
-def mutants_of(package: Path) -> list[Mutant]:
-    """All mutants of the package that lies in this folder, in the order of its lines."""
+def mutants_of(package: Path, files: Mapping[str, Sequence[str] | None] = FILES) -> list[Mutant]:
+    """The mutants of these files of the package that lies in this folder, in the order of its lines."""
     found: list[Mutant] = []
-    for name, functions in FILES.items():
+    for name, functions in files.items():
         text = (package / name).read_text(encoding="utf-8")
         starts = _line_starts(text)
         for place in _places(ast.parse(text), functions):
@@ -186,9 +168,11 @@ def _changes(place: _Place, file: str) -> Iterator[Change]:
     if isinstance(node, ast.Call):
         yield from _of_call(node)
         if file not in OF_NUMBERS:
-            yield from _of_arguments(node, others=("alike",) if file in OF_GROUPS else ("crossing", "wider"))
+            others = ("alike",) if file in OF_GROUPS else ("crossing", "wider")
+            yield from _of_arguments(node, others=others, groups=file.split("/")[0] not in OF_PATHS)
     elif isinstance(node, ast.BinOp):
-        yield from _of_product(node, other)
+        if not (_joins_paths(node) and file.split("/")[0] in OF_PATHS and file not in OF_PATHS_BUT):
+            yield from _of_product(node, other)
     elif isinstance(node, ast.Compare) and _asks_who_counts(node):
         yield "on every rank", ast.Constant(isinstance(node.ops[0], ast.Eq))
         yield "another axis's rank", _of_other_axes(node, other)
@@ -234,8 +218,8 @@ def _of_call(node: ast.Call) -> Iterator[Change]:
         yield f"another axis than {ast.unparse(owner)}.tp", ast.Call(elsewhere, node.args, node.keywords)
 
 
-def _of_arguments(node: ast.Call, *, others: Sequence[str]) -> Iterator[Change]:
-    """The axes and groups that a call is given: others, or none."""
+def _of_arguments(node: ast.Call, *, others: Sequence[str], groups: bool) -> Iterator[Change]:
+    """The axes and groups that a call is given: others, or none. A checkpoint's `groups` are none of ranks."""
     if _called(node) in ("_name", "_address", "Axis"):
         return
     for keyword in node.keywords:
@@ -253,7 +237,7 @@ def _of_arguments(node: ast.Call, *, others: Sequence[str]) -> Iterator[Change]:
         for other in ["crossing" if other == "alike" and only_size else other for other in others]:
             how = f"wider than {axis}" if other == "wider" else f"another axis than {axis}"
             yield how, _with_other(node, axis, other)
-    of_an_axis = _called(node) not in ("group_of", "irecv")  # a channel's group is of none
+    of_an_axis = groups and _called(node) not in ("group_of", "irecv")  # a channel's group is of none
     if of_an_axis and any(ast.unparse(argument) in ("group", "ctx.group") for argument in given):
 
         def elsewhere(part: ast.AST) -> ast.expr | None:
@@ -277,6 +261,11 @@ def _of_product(node: ast.BinOp, other: str) -> Iterator[Change]:
         yield "scaled twice", ast.BinOp(node, ast.Mult(), node.right)
 
 
+def _joins_paths(node: ast.BinOp) -> bool:
+    number = isinstance(node.right, ast.Constant) and isinstance(node.right.value, int | float)
+    return isinstance(node.op, ast.Div) and not number
+
+
 def _called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
@@ -284,6 +273,8 @@ def _called(node: ast.Call) -> str:
 def _is_axis(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
         return node.id in AXES
+    if isinstance(node, ast.Call):
+        return _called(node) == "everyone"
     if not isinstance(node, ast.Attribute) or node.attr not in AXES_WITHIN:
         return False
     return (node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")) in WITHIN

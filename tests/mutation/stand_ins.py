@@ -16,32 +16,48 @@ if TYPE_CHECKING:
     from pentode.dist.p2p import Form, Receipt
     from pentode.parallel.tensor import Place
 
-MESHES: list["Mesh"] = []  # those that this process has built, the latest last
+_built: list[tuple["Mesh", object]] = []  # the latest of this process, and the world that it cuts
 
 CROSSING = {"data": "tp", "dp": "tp"}  # the axis beside each; data's, where none is named
 WIDER = {"tp": "model", "pp": "model", "ends": "pp", "tp_kv": "tp", "data": "world", "dp": "world", "model": "world"}
 
 
+def watch(mesh: type["Mesh"], *, slow: bool) -> None:
+    """Know the axes of this process from now on; with `slow`, messages are late once there are some."""
+    build = mesh.build
+
+    def recorded(**sizes: int) -> "Mesh":
+        built = build(**sizes)
+        if slow and not _built:
+            from tests.mutation.trial import slow_down
+
+            slow_down()
+        _built[:] = [(built, dist.group.WORLD)]
+        return built
+
+    mesh.build = recorded  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def crossing(axis: "Axis | None") -> "Axis | None":
     """An axis whose lines cross this one's: tp for data, data for all others."""
-    return None if axis is None else getattr(MESHES[-1], CROSSING.get(axis.name, "data"))
+    return None if axis is None else _named(CROSSING.get(axis.name, "data"))
 
 
 def wider(axis: "Axis | None") -> "Axis | None":
     """An axis of which this one is a part; of the world, the model's."""
-    return None if axis is None else getattr(MESHES[-1], WIDER.get(axis.name, "model"))
+    return None if axis is None else _named(WIDER.get(axis.name, "model"))
 
 
 def alike(axis: "Axis") -> "Axis":
     """Another axis of the same size; this one, where there is none."""
     here = _members(axis)
-    others = [getattr(MESHES[-1], name) for name in ("data", "tp", "pp", "model", "ends")]
+    others = [_named(name) for name in ("data", "tp", "pp", "model", "ends")]
     return next((other for other in others if other.size == axis.size and _members(other) != here), axis)
 
 
 def other_group(group: str) -> str:
     """The name of the group of another axis of the same size; this one, where there is none."""
-    for axis in vars(MESHES[-1]).values():
+    for axis in vars(_built[0][0]).values():
         if axis.group is not None and axis.group.group_name == group:
             other = alike(axis).group
             assert other is not None
@@ -81,6 +97,14 @@ def nothing_of(forms: "Sequence[Form]", device: torch.device) -> "Receipt":
 def unwaited(coming: object) -> object:
     """What is on its way, as it is now."""
     return getattr(coming, "tensors", None)
+
+
+def _named(name: str) -> "Axis":
+    """The axis of this name; one of this rank alone, where its world has not been cut into axes."""
+    from pentode.dist.mesh import Mesh
+
+    built = [mesh for mesh, world in _built if world is dist.group.WORLD]
+    return getattr(built[0] if built else Mesh.single(), name)
 
 
 def _members(axis: "Axis") -> list[int]:

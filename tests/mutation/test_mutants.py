@@ -6,13 +6,16 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.source import ROOT
 from tests.mutation import survivors
-from tests.mutation.mutants import FILES, Mutant, mutants_of
+from tests.mutation.by_tests import everything
+from tests.mutation.files import BY_TESTS, EXCUSED, FILES
+from tests.mutation.mutants import Mutant
 
 SURE = {"_slice_loss", "train_step", "world_sums"}  # functions whose sums and divisors the two smallest layouts need
 MISSING = {"left out", "not divided"}
@@ -20,7 +23,7 @@ MISSING = {"left out", "not divided"}
 
 @pytest.fixture(scope="module")
 def mutants() -> list[Mutant]:
-    return mutants_of(ROOT / "pentode")
+    return [mutant for mutant, _ in everything(ROOT / "pentode")]
 
 
 def campaign(*options: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +34,43 @@ def campaign(*options: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_that_is_named_has_mutants_or_nothing_to_mutate(mutants: list[Mutant]) -> None:
     found = Counter(mutant.path.removeprefix("pentode/") for mutant in mutants)
     assert set(FILES) - set(found) == {"nn/dropout.py", "parallel/recompute.py"}
+    assert {trial.file for trial in BY_TESTS} <= set(found)
+
+
+def test_every_file_that_calls_a_collective_is_tried_or_excused() -> None:
+    called = {file: places for file, places in collectives_called().items() if places}
+    tried = [(file, functions) for file, functions in FILES.items()] + [(one.file, one.functions) for one in BY_TESTS]
+    for file, functions in tried:
+        if file in called:
+            called[file] -= called[file] if functions is None else set(functions)
+    assert {file for file, places in called.items() if places} == set(EXCUSED), called
+
+
+def collectives_called() -> dict[str, set[str]]:
+    """The functions of each file of the package that name a function of `pentode.dist.collectives`."""
+    package, module = ROOT / "pentode", "pentode.dist.collectives"
+    tree = ast.parse((package / "dist" / "collectives.py").read_text(encoding="utf-8"))
+    public = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+    assert {"all_reduce", "gather_objects", "wait_for_all"} <= public
+
+    def named(node: ast.AST, where: str, names: dict[str, str]) -> Iterator[str]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            where = f"{where}.{node.name}".lstrip(".")
+        if isinstance(node, ast.Name | ast.Attribute):
+            start, _, rest = ast.unparse(node).partition(".")
+            full = f"{names.get(start, '')}.{rest}".rstrip(".")
+            if full.rpartition(".")[0] == module and full.rpartition(".")[2] in public:
+                yield where
+        for child in ast.iter_child_nodes(node):
+            yield from named(child, where, names)
+
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = {one.asname or one.name: f"{node.module}.{one.name}" for node in imports for one in node.names}
+        found[path.relative_to(package).as_posix()] = set(named(tree, "", names))
+    return found
 
 
 def test_names_are_unique_and_every_mutant_is_python_that_differs(mutants: list[Mutant]) -> None:

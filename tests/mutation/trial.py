@@ -1,4 +1,4 @@
-"""Tries one mutant: in a process of its own, which imports the mutated package, and forks ranks for each layout.
+"""Tries one mutant on layouts: in a process of its own, which imports the mutated package, and forks each one's ranks.
 
 Nothing of the package is imported here before that.
 """
@@ -46,9 +46,9 @@ FORK = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: the layout that ended it (None: it lives), how, and what was said."""
+    """What became of a mutant: the layout, or the test, that ended it (None: it lives), how, and what was said."""
 
-    layout: int | None
+    layout: int | str | None
     how: str
     said: str = ""
     seconds: float = 0.0
@@ -123,7 +123,7 @@ def attempt(folder: Path, orders: Orders, pipe: Connection) -> None:
     verdict = Verdict(None, "lives")
     try:
         if orders.slow:
-            _slow_down()
+            slow_down()
         from tests.mutation import layouts
 
         _record_meshes()
@@ -232,16 +232,10 @@ def _record_meshes() -> None:
     from pentode import stand_ins  # pyright: ignore[reportAttributeAccessIssue]
     from pentode.dist.mesh import Mesh
 
-    build = Mesh.build
-
-    def recorded(**sizes: int) -> Mesh:
-        stand_ins.MESHES.append(build(**sizes))
-        return stand_ins.MESHES[-1]
-
-    Mesh.build = recorded  # pyright: ignore[reportAttributeAccessIssue]
+    stand_ins.watch(Mesh, slow=False)
 
 
-def _slow_down() -> None:
+def slow_down() -> None:
     """Make messages late, so that who does not wait for them reads too early."""
 
     def slow(function: Any, late: Callable[[int], bool], pause: float = PAUSE) -> Any:

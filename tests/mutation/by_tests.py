@@ -1,0 +1,94 @@
+"""Tries one mutant on tests of the project, in a copy of it: for what no layout of layouts.py shows at work.
+
+The tests run as a user runs them, in processes that import the copy's package; a mark tells that they did.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tests.mutation.files import BY_TESTS, Trial
+from tests.mutation.mutants import STAND_INS, Mutant, mutants_of
+from tests.mutation.trial import Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("tests", "pyproject.toml")  # beside the package
+MESH, MARK = "dist/mesh.py", ".imported"
+LEAST, TIMES = 15.0, 4  # a mutant has so many seconds, and so many times as long as the package as it is took
+PASSED, FAILED, NOT_COLLECTED = 0, 1, 2  # pytest's exit codes
+
+Tried = tuple[Mutant, Trial | None]  # a mutant, and the tests that it is tried on; None: layouts
+
+
+def everything(package: Path) -> list[Tried]:
+    """All mutants of the package in this folder; what tests are to end is tried on no layout."""
+    by_tests = [(mutant, one) for one in BY_TESTS for mutant in mutants_of(package, {one.file: one.functions})]
+    by_tests.sort(key=lambda tried: (tried[0].path, tried[0].start, -tried[0].stop))
+    known = {mutant.key for mutant, _ in by_tests}
+    return [*((mutant, None) for mutant in mutants_of(package) if mutant.key not in known), *by_tests]
+
+
+def complete(folder: Path, trial: Trial, *, slow: bool) -> None:
+    """Add the tests to the package in this folder, whose file tells when it is imported."""
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)
+        else:
+            shutil.copyfile(ROOT / name, folder / name)
+    _append(folder / "pentode" / MESH, f"from pentode import {STAND_INS}\n{STAND_INS}.watch(Mesh, slow={slow})\n")
+    mark = f"from pathlib import Path as _Path\n\n_Path({str(_mark(folder, trial))!r}).touch()\n"
+    _append(folder / "pentode" / trial.file, mark)
+
+
+def patience_after(seconds: float) -> float:
+    """Seconds that a mutant has for tests that took so many."""
+    return LEAST + TIMES * seconds
+
+
+def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connection) -> None:
+    """The body of a process: tells what becomes of the project in this folder."""
+    os.setsid()  # so that all that the tests start can be ended at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    options = ["-x", "--tb=line", "-rfE", "-m", "not long and not gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={folder / 'made'}", *trial.tests]
+    told = folder / "told.txt"
+    begun = time.monotonic()
+    with told.open("w", encoding="utf-8") as file:  # a pipe would be held open by ranks that hang
+        tests = subprocess.Popen(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=file, stderr=file
+        )
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            code = tests.wait(patience)
+    verdict = _verdict(code, told.read_text(encoding="utf-8", errors="replace").splitlines(), trial)
+    if not _mark(folder, trial).exists():
+        verdict = Verdict(trial.tests[0], "astray", f"pentode/{trial.file} was not imported: {verdict.said}")
+    pipe.send(Verdict(verdict.layout, verdict.how, verdict.said, time.monotonic() - begun))
+
+
+def _verdict(code: int | None, lines: Iterable[str], trial: Trial) -> Verdict:
+    if code == PASSED:
+        return Verdict(None, "lives")
+    if code is None:
+        return Verdict(trial.tests[0], "hangs")
+    said = next((line for line in lines if line.startswith(("FAILED ", "ERROR "))), "".join([*lines][-1:]))
+    name, _, why = said.partition(" - ")
+    how = {FAILED: "fails", NOT_COLLECTED: "raises"}.get(code, "astray")
+    return Verdict(name.partition(" ")[2] or trial.tests[0], how, why[:300])
+
+
+def _mark(folder: Path, trial: Trial) -> Path:
+    return folder / f"{trial.file.replace('/', '.')}{MARK}"
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n\n{text}", encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()

@@ -1,0 +1,67 @@
+"""Where mutants are made, and what each is tried on: the layouts of layouts.py, or tests of the project.
+
+Every file that calls a collective is in one of the two tables, or in the third one with the reason.
+"""
+
+from dataclasses import dataclass
+
+# Tried on layouts: files that decide the numbers of a training step or what is written, and which of their functions,
+# where not all do.
+FILES: dict[str, tuple[str, ...] | None] = {
+    "dist/collectives.py": None,
+    "dist/p2p.py": None,
+    "generate/engine.py": None,
+    "models/gpt2.py": ("Positions.__init__", "build"),
+    "models/llama.py": ("build",),
+    "nn/attention.py": None,
+    "nn/causal_lm.py": None,
+    "nn/dropout.py": None,
+    "nn/norm.py": None,
+    "optim/clip.py": None,
+    "optim/flat.py": None,
+    "optim/layout.py": None,
+    "optim/master.py": None,
+    "parallel/batch.py": None,
+    "parallel/loss.py": None,
+    "parallel/pipeline/runner.py": None,
+    "parallel/pipeline/schedules.py": None,
+    "parallel/recompute.py": None,
+    "parallel/spec.py": None,
+    "parallel/tensor.py": None,
+    "parallel/tensor_overlap.py": None,
+    "run/build.py": ("assemble", "build_mesh", "build_stages", "names_of_model", "padded_vocabulary"),
+    "train/evaluate.py": None,
+    "train/signals.py": ("StopSignal.asked_anywhere",),
+    "train/step.py": None,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Functions of a file (None: all) that no layout of ours shows at work, and the tests that do."""
+
+    file: str
+    functions: tuple[str, ...] | None
+    tests: tuple[str, ...]
+
+
+BY_TESTS = (
+    Trial("checkpoint/proof.py", None, ("tests/parity/test_proof.py", "tests/parity/test_headers.py")),
+    Trial("checkpoint/save.py", ("save", "save.write"), ("tests/parity/test_checkpoint_ranks.py",)),
+    Trial("dist/board.py", None, ("tests/parity/test_board.py",)),
+    Trial("dist/collectives.py", ("beside", "gather_objects"), ("tests/parity/test_board.py",)),
+    Trial("dist/inbox.py", None, ("tests/unit/test_inbox.py",)),
+    Trial("dist/p2p.py", ("Channels.open_inbox",), ("tests/unit/test_inbox.py",)),
+    Trial("dist/symmetric.py", None, ("tests/unit/test_symmetric.py",)),
+    Trial("dist/together.py", None, ("tests/unit/test_together.py",)),
+    Trial("generate/command.py", ("generate_from",), ("tests/parity/test_generation.py",)),
+    Trial("run/agree.py", None, ("tests/parity/test_agreement.py",)),
+    Trial("run/build.py", ("initialise_weights", "_opened"), ("tests/parity/test_existing_weights.py",)),
+    Trial("train/copies.py", None, ("tests/unit/test_s3_ranks.py",)),
+    Trial("train/sanity.py", None, ("tests/parity/test_sanity.py",)),
+    Trial("train/saving.py", None, ("tests/parity/test_saving.py", "tests/unit/test_save_limits.py")),
+)
+
+EXCUSED = {
+    "train/start.py": "it hands wait_for_all on to dist/together.py, where whether it is called is tried",
+}
