@@ -50,6 +50,11 @@ BY_TESTS = (
     Trial("checkpoint/save.py", ("save", "save.write"), ("tests/parity/test_checkpoint_ranks.py",)),
     Trial("dist/board.py", None, ("tests/parity/test_board.py",)),
     Trial("dist/collectives.py", ("beside", "gather_objects"), ("tests/parity/test_board.py",)),
+    Trial(
+        "dist/collectives.py",
+        ("wait_for_all",),
+        ("tests/parity/test_leaving.py::test_who_waits_for_all_waits_until_the_last_has_come",),
+    ),
     Trial("dist/inbox.py", None, ("tests/unit/test_inbox.py",)),
     Trial("dist/p2p.py", ("Channels.open_inbox",), ("tests/unit/test_inbox.py",)),
     Trial("dist/symmetric.py", None, ("tests/unit/test_symmetric.py",)),

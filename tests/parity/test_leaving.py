@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from pentode.dist import launch
-from pentode.dist.collectives import gather_objects
+from pentode.dist.collectives import gather_objects, wait_for_all
 from pentode.dist.launch import disconnect
 from pentode.dist.leaving import heard_by_others
 from pentode.dist.mesh import everyone
@@ -107,6 +108,26 @@ def test_a_rank_that_ended_without_a_word_costs_the_others_a_line() -> None:
     kind, code, line = WORLD.run(first_ends_as, 2, leaves=False)[0]
     assert (kind, code) == (RankError, 70)
     assert line == "rank 0: the connection to another rank is lost; see what that one, or its host, says"
+
+
+def first_waits() -> bool:
+    """Whether the first rank still waits while the second has not come."""
+    world, store = everyone(), dist.PrefixStore("t", dist.distributed_c10d._get_default_store())
+    if world.rank == 1:
+        store.wait(["come"])
+        wait_for_all()
+        return True
+    thread = threading.Thread(target=wait_for_all)
+    thread.start()
+    thread.join(0.1)  # far longer than it takes to wait for nobody
+    waits = thread.is_alive()
+    store.set("come", "")
+    thread.join()
+    return waits
+
+
+def test_who_waits_for_all_waits_until_the_last_has_come() -> None:
+    assert WORLD.run(first_waits, 2) == [True, True]
 
 
 def test_local_processes_end_with_75_and_one_line_when_one_is_preempted_before_the_first_step(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ filled their next piece, of this operator or the next one, and stand there for i
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from pentode.dist.symmetric import ALIGN, HALVES, Window
 CPU = torch.device("cpu")
 PATIENCE = 20  # seconds after which threads wait for each other for ever
 OPERATORS = ("gather", "scatter", "both", "gather", "gather", "scatter", "scatter", "both", "both")
-ROWS, COLUMNS = 3, 5  # a piece is no multiple of a window's alignment
+ROWS, COLUMNS = 5, 5  # a piece is no multiple of a window's alignment, and longer than half of it
 
 
 class Meeting:
@@ -109,7 +110,7 @@ def operate(kind: str, number: int, tp: Axis) -> None:
 
 @pytest.mark.parametrize(("ranks", "slow"), [(2, 0), (2, 1), (3, 1), (4, 3)])
 def test_pieces_arrive_whole_however_late_they_are_read(ranks: int, slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    half_bytes = HALVES * ranks * ALIGN  # of 120 bytes each: one piece for the gather, others for the scatter
+    half_bytes = HALVES * ranks * ALIGN  # of 200 bytes each: one piece for the gather, others for the scatter
     meeting, buffers = Meeting(ranks), [torch.zeros(HALVES * half_bytes, dtype=torch.uint8) for _ in range(ranks)]
     windows = [Window(Handle(meeting, buffers, rank), CPU, rank=rank, half_bytes=half_bytes) for rank in range(ranks)]
     for rank, window in enumerate(windows):
@@ -137,3 +138,79 @@ def test_a_window_that_cannot_be_made_is_done_without(monkeypatch: pytest.Monkey
     monkeypatch.setattr(symmetric, "symmetric_memory", SimpleNamespace(empty=refuse, rendezvous=refuse))
     monkeypatch.setattr(symmetric, "_possible", lambda *_: True)
     assert symmetric.shared_buffer(Axis("tp"), CPU, nbytes=ALIGN) is None
+
+
+TP = Axis("tp", 2, 1, SimpleNamespace(group_name="tp's"))  # pyright: ignore[reportArgumentType]
+
+
+def hears(*others: object) -> Callable[[object, Axis], list[object]]:
+    """`gather_objects` of tp, whose first rank says these one after another."""
+    said = iter(others)
+
+    def gather_objects(value: object, axis: Axis) -> list[object]:
+        assert axis is TP
+        return [next(said), value]
+
+    return gather_objects
+
+
+def test_a_window_has_room_for_a_pane_of_each_rank_and_a_larger_one_is_made_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[Axis, int]] = []
+    monkeypatch.setattr(symmetric, "_windows", {})
+    monkeypatch.setattr(symmetric, "shared_buffer", lambda axis, device, *, nbytes: asked.append((axis, nbytes)) or "x")
+    for name in ("synchronize", "new_stream"):
+        monkeypatch.setattr(devices, name, lambda device: None)
+    first = symmetric.window(TP, CPU, nbytes=ALIGN + 1)
+    assert first is not None
+    assert (first.rank, first.half_bytes) == (1, 4 * ALIGN)
+    assert symmetric.window(TP, CPU, nbytes=2 * ALIGN) is first
+    assert symmetric.window(TP, CPU, nbytes=2 * ALIGN + 1) is not first
+    assert [axis is TP for axis, _ in asked] == [True, True]
+    assert [nbytes for _, nbytes in asked] == [HALVES * 4 * ALIGN, HALVES * 5 * ALIGN]
+
+
+@pytest.mark.parametrize(("signals", "other", "made"), [(2, True, True), (3, True, False), (2, False, False)], ids=str)
+def test_all_ranks_have_a_buffer_or_none(
+    signals: int, other: bool, made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, groups = SimpleNamespace(signal_pad_size=16), list[object]()  # 4 bytes a channel for each of two ranks
+    memory = SimpleNamespace(empty=torch.empty, rendezvous=lambda buffer, group: groups.append(group) or handle)
+    monkeypatch.setattr(symmetric, "symmetric_memory", memory)
+    monkeypatch.setattr(symmetric, "_possible", lambda axis, device: axis is TP)
+    monkeypatch.setattr(symmetric, "gather_objects", hears(other))
+    found = symmetric.shared_buffer(TP, CPU, nbytes=ALIGN, signals=signals)
+    assert found is (handle if made else None)
+    assert groups == [TP.group]
+
+
+@pytest.mark.parametrize(
+    ("host", "reads", "other", "possible"),
+    [
+        ("here", True, True, True),
+        ("there", True, True, False),
+        ("here", False, True, False),
+        ("here", True, False, False),
+    ],
+)
+def test_all_ranks_of_one_host_that_read_each_others_memory_do_so_or_none(
+    host: str, reads: bool, other: bool, possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(symmetric, "symmetric_memory", SimpleNamespace())
+    monkeypatch.setattr(symmetric, "_host", lambda: "here")
+    monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+    monkeypatch.setattr(devices, "reads", lambda device, index: read.append(index) or reads)
+    monkeypatch.setattr(symmetric, "gather_objects", hears((host, 0), other))
+    assert symmetric._possible(TP, SimpleNamespace(index=1)) is possible  # pyright: ignore[reportArgumentType]
+    assert read == ([0] if host == "here" else [])
+
+
+def test_tensors_start_where_kernels_like_it() -> None:
+    assert [symmetric.aligned(size) for size in (1, ALIGN, ALIGN + 1, 3 * ALIGN)] == [
+        ALIGN,
+        ALIGN,
+        2 * ALIGN,
+        3 * ALIGN,
+    ]
