@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("tests", "pyproject.toml")  # beside the package
 MESH, MARK = "dist/mesh.py", ".imported"
 LEAST, TIMES = 15.0, 4  # a mutant has so many seconds, and so many times as long as the package as it is took
+STUCK, IDLE = 8.0, 5  # seconds in which tests and ranks together compute for fewer ticks: they wait for each other
+LOOK = 0.5  # seconds between two looks at that
 PASSED, FAILED, NOT_COLLECTED = 0, 1, 2  # pytest's exit codes
 
 Tried = tuple[Mutant, Trial | None]  # a mutant, and the tests that it is tried on; None: layouts
@@ -64,13 +67,37 @@ def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connecti
         tests = subprocess.Popen(
             command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=file, stderr=file
         )
-        code = None
-        with suppress(subprocess.TimeoutExpired):
-            code = tests.wait(patience)
+        code = _exit_code(tests, patience)
     verdict = _verdict(code, told.read_text(encoding="utf-8", errors="replace").splitlines(), trial)
     if not _mark(folder, trial).exists():
         verdict = Verdict(trial.tests[0], "astray", f"pentode/{trial.file} was not imported: {verdict.said}")
     pipe.send(Verdict(verdict.layout, verdict.how, verdict.said, time.monotonic() - begun))
+
+
+def _exit_code(tests: subprocess.Popen[bytes], patience: float) -> int | None:
+    """How the tests end; None if they do not in time, or if nobody of this session computes any more."""
+    end, before = time.monotonic() + patience, _computed()
+    lately: deque[int] = deque(maxlen=int(STUCK / LOOK))
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            return tests.wait(LOOK)
+        now = _computed()
+        lately.append(sum(ticks - before.get(process, 0) for process, ticks in now.items()))
+        before = now
+        if now and len(lately) == lately.maxlen and sum(lately) < IDLE:
+            return None
+    return None
+
+
+def _computed() -> dict[str, int]:
+    """Ticks that each process of this session has computed for; nothing where the system does not tell."""
+    found, session = {}, os.getsid(0)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()  # proc(5), from the third field on
+            if int(fields[3]) == session:
+                found[path.parent.name] = int(fields[11]) + int(fields[12])
+    return found
 
 
 def _verdict(code: int | None, lines: Iterable[str], trial: Trial) -> Verdict:

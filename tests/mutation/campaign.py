@@ -1,4 +1,4 @@
-"""Tries all mutants of the package, many at a time, and tells which live.
+"""Tries all mutants of the package, many at a time, on layouts or on tests (files.py), and tells which live.
 
     make test-mutations ARGS="--workers 16 --out FOLDER"
 

@@ -7,8 +7,10 @@ Each place, in one of these ways at a time:
     a divisor, a scale      left out, twice as large, another axis's size
     a rank or a size        always the first's, another axis's
     a wait                  left out (and messages made slow, so that it is missed)
+    work done together      by each rank for itself
 
-Nothing of the package is imported here: only its text is read.
+Gathering objects is not doubled: the second list would be equal to the first. Nothing of the package is imported here:
+only its text is read.
 """
 
 import ast

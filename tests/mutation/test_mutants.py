@@ -1,4 +1,4 @@
-"""No place of the parallel code can be written wrongly without a layout that trains other numbers."""
+"""No message or divisor can be written wrongly without a layout that trains other numbers, or a test that fails."""
 
 import ast
 import os
