@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("tests", "pyproject.toml")  # beside the package
 MESH, MARK = "dist/mesh.py", ".imported"
 LEAST, TIMES = 15.0, 4  # a mutant has so many seconds, and so many times as long as the package as it is took
-STUCK, IDLE = 8.0, 5  # seconds in which tests and ranks together compute for fewer ticks: they wait for each other
+STUCK, IDLE = 8.0, 80  # seconds in which tests and ranks together compute for fewer ticks: they wait for each other
+WIDTH = "300"  # of pytest's lines, which tell why a test failed
 LOOK = 0.5  # seconds between two looks at that
 PASSED, FAILED, NOT_COLLECTED = 0, 1, 2  # pytest's exit codes
 
@@ -65,23 +66,27 @@ def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connecti
     begun = time.monotonic()
     with told.open("w", encoding="utf-8") as file:  # a pipe would be held open by ranks that hang
         tests = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=file, stderr=file
+            command,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder), "COLUMNS": WIDTH},
+            stdout=file,
+            stderr=file,
         )
-        code = _exit_code(tests, patience)
+        code = _exit_code(tests, patience, folder)
     verdict = _verdict(code, told.read_text(encoding="utf-8", errors="replace").splitlines(), trial)
     if not _mark(folder, trial).exists():
         verdict = Verdict(trial.tests[0], "astray", f"pentode/{trial.file} was not imported: {verdict.said}")
     pipe.send(Verdict(verdict.layout, verdict.how, verdict.said, time.monotonic() - begun))
 
 
-def _exit_code(tests: subprocess.Popen[bytes], patience: float) -> int | None:
-    """How the tests end; None if they do not in time, or if nobody of this session computes any more."""
-    end, before = time.monotonic() + patience, _computed()
+def _exit_code(tests: subprocess.Popen[bytes], patience: float, folder: Path) -> int | None:
+    """How the tests end; None if they do not in time, or if hardly one of their processes computes any more."""
+    end, before = time.monotonic() + patience, _computed(folder)
     lately: deque[int] = deque(maxlen=int(STUCK / LOOK))
     while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
             return tests.wait(LOOK)
-        now = _computed()
+        now = _computed(folder)
         lately.append(sum(ticks - before.get(process, 0) for process, ticks in now.items()))
         before = now
         if now and len(lately) == lately.maxlen and sum(lately) < IDLE:
@@ -89,14 +94,23 @@ def _exit_code(tests: subprocess.Popen[bytes], patience: float) -> int | None:
     return None
 
 
-def _computed() -> dict[str, int]:
-    """Ticks that each process of this session has computed for; nothing where the system does not tell."""
-    found, session = {}, os.getsid(0)
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def processes_in(folder: Path) -> list[Path]:
+    """Where the system tells of each process that works in this folder; some have a session of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()  # proc(5), from the third field on
-            if int(fields[3]) == session:
-                found[path.parent.name] = int(fields[11]) + int(fields[12])
+            if (path / "cwd").readlink().is_relative_to(folder):
+                found.append(path)
+    return found
+
+
+def _computed(folder: Path) -> dict[Path, int]:
+    """Ticks that each process of the tests has computed for; nothing where the system does not tell."""
+    found = {}
+    for path in processes_in(folder):
+        with suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()  # proc(5), from the third field on
+            found[path] = int(fields[11]) + int(fields[12])
     return found
 
 

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; th
 
 import torch
 
-from tests.mutation.by_tests import Tried, attempt_by_tests, complete, everything, patience_after
+from tests.mutation.by_tests import Tried, attempt_by_tests, complete, everything, patience_after, processes_in
 from tests.mutation.files import Trial
 from tests.mutation.mutants import STAND_INS, Mutant
 from tests.mutation.survivors import reason_for, unneeded
@@ -162,6 +162,9 @@ def _end(one: _Running) -> None:
     assert one.process.pid is not None
     with suppress(ProcessLookupError):
         os.killpg(one.process.pid, signal.SIGKILL)
+    for process in processes_in(one.folder):
+        with suppress(ProcessLookupError):
+            os.kill(int(process.name), signal.SIGKILL)
     one.process.kill()
     one.process.join()
     shutil.rmtree(one.folder, ignore_errors=True)

@@ -45,6 +45,7 @@ class Trial:
     tests: tuple[str, ...]
 
 
+GENERATION = "tests/parity/test_generation.py::test_"
 BY_TESTS = (
     Trial("checkpoint/proof.py", None, ("tests/parity/test_proof.py", "tests/parity/test_headers.py")),
     Trial("checkpoint/save.py", ("save", "save.write"), ("tests/parity/test_checkpoint_ranks.py",)),
@@ -59,7 +60,14 @@ BY_TESTS = (
     Trial("dist/p2p.py", ("Channels.open_inbox",), ("tests/unit/test_inbox.py",)),
     Trial("dist/symmetric.py", None, ("tests/unit/test_symmetric.py",)),
     Trial("dist/together.py", None, ("tests/unit/test_together.py",)),
-    Trial("generate/command.py", ("generate_from",), ("tests/parity/test_generation.py",)),
+    Trial(
+        "generate/command.py",
+        ("generate_from",),
+        (
+            f"{GENERATION}two_processes_write_the_text_of_a_checkpoint_of_one",
+            f"{GENERATION}a_reader_who_has_seen_enough_ends_all_processes_in_peace",
+        ),
+    ),
     Trial("run/agree.py", None, ("tests/parity/test_agreement.py",)),
     Trial("run/build.py", ("initialise_weights", "_opened"), ("tests/parity/test_existing_weights.py",)),
     Trial("train/copies.py", None, ("tests/unit/test_s3_ranks.py",)),

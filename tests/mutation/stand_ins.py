@@ -6,6 +6,7 @@ Any of its modules may be the one that imports this, so nothing of it is importe
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pentode.dist.p2p import Form, Receipt
     from pentode.parallel.tensor import Place
 
-_built: list[tuple["Mesh", object]] = []  # the latest of this process, and the world that it cuts
+_built: "list[tuple[ref[Mesh], int]]" = []  # the latest of this process, which it may end, and the world that it cuts
 
 CROSSING = {"data": "tp", "dp": "tp"}  # the axis beside each; data's, where none is named
 WIDER = {"tp": "model", "pp": "model", "ends": "pp", "tp_kv": "tp", "data": "world", "dp": "world", "model": "world"}
@@ -32,7 +33,7 @@ def watch(mesh: type["Mesh"], *, slow: bool) -> None:
             from tests.mutation.trial import slow_down
 
             slow_down()
-        _built[:] = [(built, dist.group.WORLD)]
+        _built[:] = [(ref(built), id(dist.group.WORLD))]
         return built
 
     mesh.build = recorded  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,7 +58,7 @@ def alike(axis: "Axis") -> "Axis":
 
 def other_group(group: str) -> str:
     """The name of the group of another axis of the same size; this one, where there is none."""
-    for axis in vars(_built[0][0]).values():
+    for axis in vars(_mesh()).values():
         if axis.group is not None and axis.group.group_name == group:
             other = alike(axis).group
             assert other is not None
@@ -101,10 +102,14 @@ def unwaited(coming: object) -> object:
 
 def _named(name: str) -> "Axis":
     """The axis of this name; one of this rank alone, where its world has not been cut into axes."""
+    return getattr(_mesh(), name)
+
+
+def _mesh() -> "Mesh":
     from pentode.dist.mesh import Mesh
 
-    built = [mesh for mesh, world in _built if world is dist.group.WORLD]
-    return getattr(built[0] if built else Mesh.single(), name)
+    built = [mesh() for mesh, world in _built if world == id(dist.group.WORLD)]
+    return (built[0] if built else None) or Mesh.single()
 
 
 def _members(axis: "Axis") -> list[int]:

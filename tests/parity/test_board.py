@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from pentode.dist import collectives
 from pentode.dist.board import Cancelled
-from pentode.dist.mesh import Axis, everyone
+from pentode.dist.mesh import Axis, Mesh, everyone
 from pentode.dist.together import together
 from pentode.errors import CheckpointError, RankError, StorageError
 from tests.helpers.world import WORLD
@@ -36,6 +36,18 @@ def everything_beside_the_training() -> None:
 
 def test_each_rank_hears_all_others_in_turn() -> None:
     WORLD.run(everything_beside_the_training, RANKS)
+
+
+def members_of_each_line() -> None:
+    mesh = Mesh.build(dp=2, tp=2)
+    rank = mesh.world.rank
+    for axis, members in ((mesh.tp, [rank // 2 * 2, rank // 2 * 2 + 1]), (mesh.dp, [rank % 2, rank % 2 + 2])):
+        assert collectives.gather_objects(rank, axis) == members
+        assert collectives.gather_objects(rank, collectives.beside(axis, threading.Event())) == members
+
+
+def test_each_rank_hears_those_of_its_line() -> None:
+    WORLD.run(members_of_each_line, 4)
 
 
 def work_together() -> None:

@@ -37,13 +37,14 @@ PATCH = pytest.MonkeyPatch()
 
 DP, TP = Case(LLAMA, dp=2, micro_batches=2), Case(LLAMA, tp=2)
 ZERO, ZERO_TP = Case(LLAMA, dp=2, zero=1), Case(LLAMA, dp=2, tp=2, zero=1)
+GRID = Case(LLAMA, dp=2, tp=2)
 SEQUENCES = Case(LLAMA, tp=2, sequence_parallel=True)
 STAGES = Case(Problem(shape=TIED), pp=2, micro_batches=2)
 COPIES = Case(Problem(shape=ONE_KV_HEAD), tp=2, dp=2, zero=1)
 
 
-def run_and_break(*, case: Case, fault: str, at: int, dtype: str) -> str:
-    """Two steps on this rank, the second one broken on rank `at`: what it raised, else what it logged, or ""."""
+def run_and_break(*, case: Case, fault: str, at: int | None, dtype: str) -> str:
+    """Two steps on this rank, the second one broken on rank `at` or all: what it raised, else what it logged, or ""."""
     checked = cases.config_of(dataclasses.replace(case, sanity=True))
     checked = dataclasses.replace(checked, model=dataclasses.replace(checked.model, dtype=dtype))
     PATCH.setattr(cases, "config_of", lambda _: checked)
@@ -53,7 +54,7 @@ def run_and_break(*, case: Case, fault: str, at: int, dtype: str) -> str:
         PATCH.undo()
     train_step(run, batches_of(case, run.mesh, 0), learning_rate=1e-2)
     batches = batches_of(case, run.mesh, 1)
-    if run.mesh.world.rank == at:
+    if at in (run.mesh.world.rank, None):
         batches = FAULTS[fault](run, batches) or batches
     logged: list[str] = []
     PATCH.setattr(log, "once", lambda message, **_: logged.append(message))
@@ -148,6 +149,11 @@ def sample(number: int) -> Callable[[Run, list[Batch]], list[Batch]]:
     return fault
 
 
+def own_first_sample(run: Run, batches: list[Batch]) -> list[Batch]:
+    """Read the first sample once more, in the place of the last."""
+    return sample(int(batches[0].samples[0]))(run, batches)
+
+
 def first_replicas(run: Run, batches: list[Batch]) -> list[Batch]:
     """Read what the first replica reads."""
     mesh = dataclasses.replace(run.mesh, data=dataclasses.replace(run.mesh.data, rank=0))
@@ -197,6 +203,7 @@ FAULTS: dict[str, Callable[[Run, list[Batch]], Any]] = {
     "sample 99": sample(99),
     "the first sample": sample(8),
     "its first sample": sample(12),
+    "its own first sample": own_first_sample,
     "first replica's": first_replicas,
     "first replica's tokens": first_replicas_tokens,
     "first replica's first tokens": first_replicas_first_tokens,
@@ -242,11 +249,22 @@ ALIKE = "on rank 1 is not what it is on rank 0"
         (DP, 1, "its first sample", "a sample of this step came twice, to rank 1; the data's order is broken"),
         (STAGES, 1, "count", f"the count of updates {ALIKE}"),
         (STAGES, 1, "counts", "consumed_samples is 8 on rank 0, 7 on rank 1"),
+        # What one line of the grid finds, the others hear of.
+        (GRID, 1, "weight", f"{DOWN} on rank 3 is not what it is on rank 1"),
+        (GRID, 1, "gradient", f"the gradient of {DOWN} on rank 3 is not what it is on rank 1"),
+        (GRID, 3, "the first sample", "a sample of this step came twice, to ranks 1 and 3; the data's order is broken"),
+        (GRID, 3, "count", "the count of updates on rank 3 is not what it is on ranks 0-2"),
+        (GRID, 3, "counts", "consumed_samples is 8 on rank 0, 7 on rank 3"),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_a_fault_ends_all_ranks_with_its_place(case: Case, at: int, fault: str, told: str) -> None:
     assert ends_with(case, at, fault).startswith(f"sanity check: {told}")
+
+
+def test_each_rank_tells_of_what_its_model_reads_twice() -> None:
+    told = "sanity check: a sample of this step came twice, to rank 0; the data's order is broken; and 1 more like it"
+    assert ends_with(TP, None, "its own first sample") == told
 
 
 def test_tokens_that_come_twice_are_only_told_since_a_text_may_repeat_itself() -> None:
@@ -277,7 +295,7 @@ def test_a_healthy_run_passes(case: Case, dtype: str) -> None:
     assert ends_with(case, 0, "nothing", dtype=dtype) == ""
 
 
-def ends_with(case: Case, at: int, fault: str, *, dtype: str = "float64") -> str:
+def ends_with(case: Case, at: int | None, fault: str, *, dtype: str = "float64") -> str:
     """What all ranks were told, alike."""
     first, *others = WORLD.run(run_and_break, case.ranks, case=case, fault=fault, at=at, dtype=dtype)
     assert others == [first] * len(others)
