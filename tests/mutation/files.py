@@ -45,6 +45,7 @@ class Trial:
     tests: tuple[str, ...]
 
 
+LIMITS, SAVING = "tests/unit/test_save_limits.py::test_", "tests/parity/test_saving.py::test_"
 GENERATION = "tests/parity/test_generation.py::test_"
 BY_TESTS = (
     Trial("checkpoint/proof.py", None, ("tests/parity/test_proof.py", "tests/parity/test_headers.py")),
@@ -68,11 +69,21 @@ BY_TESTS = (
             f"{GENERATION}a_reader_who_has_seen_enough_ends_all_processes_in_peace",
         ),
     ),
-    Trial("run/agree.py", None, ("tests/parity/test_agreement.py",)),
+    Trial("run/agree.py", None, ("tests/parity/test_agreement.py::test_a_config_of_its_own_is_refused_on_every_rank",)),
     Trial("run/build.py", ("initialise_weights", "_opened"), ("tests/parity/test_existing_weights.py",)),
     Trial("train/copies.py", None, ("tests/unit/test_s3_ranks.py",)),
     Trial("train/sanity.py", None, ("tests/parity/test_sanity.py",)),
-    Trial("train/saving.py", None, ("tests/parity/test_saving.py", "tests/unit/test_save_limits.py")),
+    Trial(
+        "train/saving.py",
+        None,
+        (
+            f"{SAVING}room_is_asked_for_what_all_ranks_write",
+            f"{SAVING}a_disk_that_is_full_for_one_rank_leaves_run_and_checkpoints_intact",
+            f"{SAVING}a_thread_that_broke_holds_up_nobody",
+            f"{LIMITS}the_saves_to_come_are_counted",
+            f"{LIMITS}a_disk_that_will_be_full_is_told",
+        ),
+    ),
 )
 
 EXCUSED = {

@@ -1,6 +1,7 @@
 """Ranks that save beside their training: the files are those of a save that is waited for, trouble is everybody's."""
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch.distributed as dist
 
 from pentode.checkpoint import storage
 from pentode.checkpoint.folder import open_checkpoint
+from pentode.checkpoint.save import size_of
 from pentode.dist.launch import World
 from pentode.errors import StorageError
 from pentode.metrics.sinks import Sinks
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train import loop
 from pentode.train.loop import train
-from pentode.train.saving import Saver
+from pentode.train.saving import Saver, check_room
 from pentode.train.signals import StopSignal
 from pentode.train.state import TrainState
+from pentode.train.state import content as state_content
 from tests.helpers.faulty_os import FaultyOs
 from tests.helpers.tiny import tiny_config
 from tests.helpers.world import WORLD
@@ -144,3 +147,25 @@ def broken(root: Path, **content: object) -> Path:
 def test_a_thread_that_broke_holds_up_nobody(tmp_path: Path) -> None:
     WORLD.run(a_thread_breaks, 2, folder=tmp_path)
     assert [path.name for path in (tmp_path / "run").glob("[0-9]*")] == []
+
+
+def refused_for_room(*, folder: Path) -> tuple[str, int, int]:
+    """What a rank is told where the disk is full, and how much of a checkpoint and of its weights it would write."""
+    changes = {"optimizer__zero_stage": 1, "checkpoints__save_hf": True}
+    run = run_in(folder, {"dp": 2, "tp": 2, "pp": 1}, changes)
+    what = state_content(run, TrainState())
+    files = what["files"] if dist.get_rank() == 0 else {}
+    real = shutil.disk_usage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=0))
+        with pytest.raises(StorageError) as caught:
+            check_room(run, TrainState(), folder)
+    assert caught.value.everywhere
+    return str(caught.value), size_of(what["groups"], files), size_of({"weights": what["groups"]["weights"]}, files)
+
+
+def test_room_is_asked_for_what_all_ranks_write(tmp_path: Path) -> None:
+    told, sizes, weights = zip(*WORLD.run(refused_for_room, 4, folder=tmp_path), strict=True)
+    assert len(set(told)) == 1
+    assert f": checkpoints of {sum(sizes):,} bytes, " in told[0]
+    assert f" with Hugging Face folders of {sum(weights):,} bytes, " in told[0]
