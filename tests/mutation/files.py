@@ -45,11 +45,20 @@ class Trial:
     tests: tuple[str, ...]
 
 
+PIECES = "tests/unit/test_checkpoint_layouts.py::test_"
 LIMITS, SAVING = "tests/unit/test_save_limits.py::test_", "tests/parity/test_saving.py::test_"
 GENERATION = "tests/parity/test_generation.py::test_"
 BY_TESTS = (
     Trial("checkpoint/proof.py", None, ("tests/parity/test_proof.py", "tests/parity/test_headers.py")),
-    Trial("checkpoint/save.py", ("save", "save.write"), ("tests/parity/test_checkpoint_ranks.py",)),
+    Trial(
+        "checkpoint/save.py",
+        ("save", "save.write"),
+        (
+            "tests/parity/test_checkpoint_ranks.py",
+            f"{PIECES}what_only_the_first_rank_is_wrong_in_stops_all",
+            f"{PIECES}an_error_at_any_call_of_any_rank_is_raised_by_all_and_undone",
+        ),
+    ),
     Trial("dist/board.py", None, ("tests/parity/test_board.py",)),
     Trial("dist/collectives.py", ("beside", "gather_objects"), ("tests/parity/test_board.py",)),
     Trial(
