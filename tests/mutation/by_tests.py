@@ -80,7 +80,7 @@ def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connecti
 
 
 def _exit_code(tests: subprocess.Popen[bytes], patience: float, folder: Path) -> int | None:
-    """How the tests end; None if they do not in time, or if hardly one of their processes computes any more."""
+    """How the tests end; None if they do not in time, or if their processes hardly compute any more."""
     end, before = time.monotonic() + patience, _computed(folder)
     lately: deque[int] = deque(maxlen=int(STUCK / LOOK))
     while time.monotonic() < end:

@@ -94,7 +94,7 @@ def inboxes(ranks: int, *, slots: int, slot_bytes: int) -> list[Inbox]:
 
 
 def message(source: int, target: int, number: int) -> Tensor:
-    return torch.full((3, 5), 10_000.0 * source + 1000 * target + number, dtype=torch.float64)
+    return torch.full((5, 5), 10_000.0 * source + 1000 * target + number, dtype=torch.float64)  # most of a slot
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -109,11 +109,25 @@ def test_all_arrive_in_order_though_slots_are_few(ranks: int, slots: int) -> Non
 
     def receive(source: int, target: int) -> None:
         for number in range(count):
-            into = torch.empty(3, 5, dtype=torch.float64)
+            into = torch.empty(5, 5, dtype=torch.float64)
             boxes[target].receive(into, source=source).wait()
             assert torch.equal(into, message(source, target, number)), f"{source} -> {target}, message {number}"
 
     run_all([(act, pair) for pair in pairs for act in (send, receive)])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_each_message_has_its_slot_alone(ranks: int) -> None:
+    boxes, slots = inboxes(ranks, slots=2, slot_bytes=ALIGN), range(2)
+    pairs = sorted({(i, (i + hop) % ranks) for i in range(ranks) for hop in (1, -1)})
+    for source, target in pairs:
+        for number in slots:
+            boxes[source].send(message(source, target, number), to=target)
+    for source, target in pairs:
+        for number in slots:
+            into = torch.empty(5, 5, dtype=torch.float64)
+            boxes[target].receive(into, source=source).wait()
+            assert torch.equal(into, message(source, target, number)), f"{source} -> {target}, message {number}"
 
 
 @pytest.mark.parametrize("engine", ["afab", "1f1b", "interleaved"])
@@ -161,6 +175,17 @@ def test_ranks_that_cannot_write_each_others_memory_have_none(monkeypatch: pytes
     assert open_inbox(Axis("pp", 2, 0), CPU, slots=2, nbytes=100) is None
 
 
+def test_the_inboxes_of_an_axis_have_slots_for_both_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pp, handle, asked = Axis("pp", 4, 1), Handle(Signals(), [], 1), list[tuple]()
+    made = lambda axis, device, **options: asked.append((axis, options)) or handle  # noqa: E731
+    monkeypatch.setattr(inbox_module, "shared_buffer", made)
+    found = open_inbox(pp, CPU, slots=3, nbytes=ALIGN + 1)
+    assert found is not None
+    assert found.axis is pp
+    assert (found.handle, found.slots, found.slot_bytes) == (handle, 3, 2 * ALIGN)
+    assert asked == [(pp, {"nbytes": SIDES * 3 * 2 * ALIGN, "signals": 2 * 3})]
+
+
 def test_a_pipelines_messages_go_through_the_inbox_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = inboxes(2, slots=2, slot_bytes=ALIGN)
     groups: dict = {(0, 1): "there", (1, 0): "back"}
@@ -179,7 +204,7 @@ def test_a_pipelines_messages_go_through_the_inbox_where_they_fit(monkeypatch: p
         ends[0].flush()
 
     def receive() -> None:
-        form = Form((3, 5), torch.float64)
+        form = Form((5, 5), torch.float64)
         for number in range(6):
             found, other = ends[1].receive([form, Form(large.shape, large.dtype)], source=0).wait()
             assert torch.equal(found, message(0, 1, number))
