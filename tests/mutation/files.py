@@ -45,11 +45,16 @@ class Trial:
     tests: tuple[str, ...]
 
 
+PROOF = "tests/parity/test_proof.py"
 PIECES = "tests/unit/test_checkpoint_layouts.py::test_"
 LIMITS, SAVING = "tests/unit/test_save_limits.py::test_", "tests/parity/test_saving.py::test_"
 GENERATION = "tests/parity/test_generation.py::test_"
 BY_TESTS = (
-    Trial("checkpoint/proof.py", None, ("tests/parity/test_proof.py", "tests/parity/test_headers.py")),
+    Trial(
+        "checkpoint/proof.py",
+        None,
+        (f"{PROOF}::test_what_one_rank_cannot_see_or_do_all_hear_of", PROOF, "tests/parity/test_headers.py"),
+    ),
     Trial(
         "checkpoint/save.py",
         ("save", "save.write"),

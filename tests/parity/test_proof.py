@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pentode.checkpoint import storage
+from pentode.checkpoint import proof, storage
 from pentode.checkpoint.folder import open_checkpoint
 from pentode.checkpoint.layout import Saved
 from pentode.checkpoint.load import read_tensors
@@ -18,7 +18,7 @@ from pentode.checkpoint.manifest import FileFacts, Manifest
 from pentode.checkpoint.proof import find_together, newest_together, shares
 from pentode.checkpoint.save import save
 from pentode.dist.mesh import everyone
-from pentode.errors import CheckpointError
+from pentode.errors import CheckpointError, PentodeError, StorageError
 from pentode.train import start
 from tests.helpers.tiny import tiny_config
 from tests.helpers.world import WORLD
@@ -217,3 +217,56 @@ def test_a_folder_means_its_checkpoint_or_its_newest(root: Path, tmp_path: Path)
     first, second = WORLD.run(finds_damaged, 2, path=root / "2")
     assert first == second
     assert first.endswith("; restore the checkpoint from a copy, or use another")
+
+
+def finds_otherwise(*, path: Path, other: Path, at: int, fault: str) -> str:
+    """Where one rank is given another folder, does not see the manifest, may not look, or cannot set aside."""
+    world, real = everyone(), Path.exists
+
+    def exists(path: Path, **options: bool) -> bool:
+        if path.name == "manifest.json" and fault == "refused":
+            raise PermissionError(13, "Permission denied")
+        return path.name != "manifest.json" and real(path, **options)
+
+    def set_aside(damaged: object) -> None:
+        raise StorageError("the disk is full")
+
+    own = other if world.rank == at and fault == "other" else path
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == at and fault in ("refused", "unseen"):
+            patch.setattr(Path, "exists", exists)
+        if world.rank == at and fault == "full":
+            patch.setattr(proof, "set_aside", set_aside)
+        if fault == "unseen":
+            found = find_together(own, world)
+            return "" if found is None else found.folder.name
+        with pytest.raises(PentodeError) as raised:
+            newest_together(own, world, quarantine=True) if fault == "full" else find_together(own, world)
+    assert raised.value.everywhere
+    return str(raised.value)
+
+
+def test_what_one_rank_cannot_see_or_do_all_hear_of(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    (other / "2" / "state.json").write_text("{")
+    arguments = {"path": root / "2", "other": other / "2"}
+    assert WORLD.run(finds_otherwise, 2, at=1, fault="unseen", **arguments) == ["2", "2"]
+    assert WORLD.run(finds_otherwise, 2, at=0, fault="unseen", **arguments) == ["", ""]
+    shutil.rmtree(other / "1")
+    for at, fault, told in (
+        (1, "refused", "rank 1: "),
+        (0, "refused", "rank 0: "),
+        (1, "other", f"rank 1: {other}/2/state.json: "),
+    ):
+        first, second = WORLD.run(finds_otherwise, 2, at=at, fault=fault, **arguments)
+        assert first == second
+        assert first.startswith(told)
+    shutil.rmtree(other / "2")
+    first, second = WORLD.run(finds_otherwise, 2, at=1, fault="other", path=root, other=other)
+    assert first == second.replace(str(other), str(root))
+    assert first.startswith(f"{root}: rank 0 found step 2 to go on from, rank 1 no checkpoint")
+    (root / "2" / "state.json").write_text("{")
+    first, second = WORLD.run(finds_otherwise, 2, at=0, fault="full", path=root, other=other)
+    assert first == second
+    assert "the disk is full" in first
