@@ -45,7 +45,7 @@ class Trial:
     tests: tuple[str, ...]
 
 
-PROOF = "tests/parity/test_proof.py"
+PROOF, TOLD = "tests/parity/test_proof.py", "tests/parity/test_told_to_all.py"
 PIECES = "tests/unit/test_checkpoint_layouts.py::test_"
 LIMITS, SAVING = "tests/unit/test_save_limits.py::test_", "tests/parity/test_saving.py::test_"
 GENERATION = "tests/parity/test_generation.py::test_"
@@ -84,8 +84,8 @@ BY_TESTS = (
         ),
     ),
     Trial("run/agree.py", None, ("tests/parity/test_agreement.py::test_a_config_of_its_own_is_refused_on_every_rank",)),
-    Trial("run/build.py", ("initialise_weights", "_opened"), ("tests/parity/test_existing_weights.py",)),
-    Trial("train/copies.py", None, ("tests/unit/test_s3_ranks.py",)),
+    Trial("run/build.py", ("initialise_weights", "_opened"), (TOLD, "tests/parity/test_existing_weights.py")),
+    Trial("train/copies.py", None, (TOLD, "tests/unit/test_s3_ranks.py")),
     Trial("train/sanity.py", None, ("tests/parity/test_sanity.py",)),
     Trial(
         "train/saving.py",
