@@ -31,7 +31,7 @@ def one_fails(*, folder: Path) -> None:
             with pytest.raises(StorageError, match="the store is gone") as raised:
                 work()
             assert raised.value.everywhere
-    run = run_of(Case(Problem(), dp=2))
+    run = run_of(Case(Problem(), dp=2, tp=2))
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
             patch.setattr(build, "initial_weights", fail)
@@ -40,7 +40,7 @@ def one_fails(*, folder: Path) -> None:
 
 
 def test_what_one_rank_cannot_read_all_hear_of(tmp_path: Path) -> None:
-    WORLD.run(one_fails, 2, folder=tmp_path)
+    WORLD.run(one_fails, 4, folder=tmp_path)
 
 
 def gives_back(*, folder: Path) -> bool:
