@@ -39,7 +39,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, one kernel each way; in compiled blocks forward is theirs."""
+    """silu(gate) * up, one kernel each way; in compiled blocks backward alone, an operator."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        # The operator is for compiled code: a call of it from elsewhere imports torch's compiler.
         return swiglu_backward(grad, gate_up) if torch.compiler.is_compiling() else _swiglu_backward(grad, gate_up)
 
 
@@ -95,7 +96,7 @@ def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    if devices.is_gpu(grad.device):
+    if devices.is_gpu(grad.device) and grad.dtype != torch.float64:
         from pentode.ops.activation_kernel import swiglu_backward as by_kernel
 
         return by_kernel(grad.contiguous(), gate_up.contiguous())

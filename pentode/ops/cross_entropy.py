@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_PRODUCTS = 5  # kept in their dtype until they are added up in one pass
+MOST_PRODUCTS = 5  # kept in their dtype until they are added up in one pass, whose kernel takes so many
 
 
 class Passes(NamedTuple):

@@ -73,6 +73,7 @@ class _KernelBesideNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, stream: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        # Not `norm_backward`: a call of an operator imports torch's compiler.
         grad_x, sums = _norm_backward(stream, grad, x, weight, ctx.eps, ctx.centred)
         return grad_x, grad_x if ctx.adds else None, sums[0], sums[1] if ctx.centred else None, None
 

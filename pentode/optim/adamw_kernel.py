@@ -1,6 +1,7 @@
 """A Triton kernel: AdamW's update, which reads and writes everything once. Imported only where a GPU runs it."""
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,6 +54,7 @@ def update_(
     finite: Tensor,
 ) -> None:
     """As `optim.adamw.update_`, for contiguous float32 weights and means on a GPU."""
+    assert weight.dtype == mean.dtype == square.dtype == torch.float32, f"AdamW's kernel has masters in {weight.dtype}"
     N = weight.numel()
     where = weight if model is None else model
     _update[(triton.cdiv(N, BLOCK),)](

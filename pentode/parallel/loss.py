@@ -24,7 +24,7 @@ SLICE_BYTES = 2 << 30
 class Vocab(NamedTuple):
     """How the vocabulary is cut: its true size, and the axis; rows past its size are padding.
 
-    passes  how the loss goes over its logits: in plain form, or compiled
+    passes  how the loss goes over its logits: in plain form, compiled, or by kernels of ours
     """
 
     size: int

@@ -1,7 +1,8 @@
 """What of a step is one kernel of ours, and what torch compiles: blocks, one graph for all of a kind; loss; optimizer.
 
-On a GPU the operators of a Llama's blocks, the loss and AdamW are Triton kernels. Nothing is compiled then: a run
-begins without torch's compiler, whose import and tracing take longer than all else (docs/performance.md).
+On a GPU the operators of a Llama's blocks, the loss and AdamW are Triton kernels. Where they do all of a block
+(`has_all_kernels`) nothing is compiled, and a run begins without torch's compiler, whose import and tracing take longer
+than all else (docs/performance.md).
 """
 
 from collections.abc import Callable, Iterable
@@ -48,9 +49,16 @@ def is_wanted(config: Config, device: torch.device) -> bool:
 def has_all_kernels(config: Config) -> bool:
     """Whether there is a kernel for everything in a block that is neither a product nor attention."""
     model, p = config.model, config.parallelism
-    shape, plain = model.model_config, model.float8 is None and model.dtype != "float64"
-    whole = p.tp == 1 and p.recompute_layer != "selective" and model.activation_budget == 1
-    return plain and whole and isinstance(shape, LlamaConfig) and shape.hidden_act == "silu"
+    shape = model.model_config
+    return (
+        isinstance(shape, LlamaConfig)
+        and shape.hidden_act == "silu"
+        and model.dtype != "float64"
+        and model.float8 is None
+        and model.activation_budget == 1
+        and p.recompute_layer != "selective"
+        and p.tp == 1
+    )
 
 
 def kernels(config: Config, device: torch.device) -> Kernels:

@@ -60,6 +60,14 @@ def _attention(backend: SDPBackend) -> Callable[[torch.device], None]:
     return run
 
 
+def _triton(device: torch.device) -> None:
+    if not devices.is_gpu(device):
+        raise RuntimeError("there is no GPU, for which it builds them")
+    from pentode.optim.add_kernel import add_
+
+    add_(torch.zeros(8, device=device), torch.ones(8, device=device))
+
+
 def _fused_adamw(device: torch.device) -> None:
     if not fused.usable(torch.zeros(1, device=device)):
         raise RuntimeError("this torch has none")
@@ -71,6 +79,7 @@ KERNELS: dict[str, Callable[[torch.device], None]] = {
     "attention efficient": _attention(SDPBackend.EFFICIENT_ATTENTION),
     "attention cudnn": _attention(SDPBackend.CUDNN_ATTENTION),
     "fused AdamW": _fused_adamw,
+    "built by Triton": _triton,
 }
 
 
@@ -78,6 +87,6 @@ def _attempt(test: Callable[[torch.device], None], device: torch.device) -> str:
     """Whether a kernel runs on this device; if not, the first line of the reason."""
     try:
         test(device)
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         return f"no: {str(error).splitlines()[0]}"
     return "usable"
