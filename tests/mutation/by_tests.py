@@ -56,8 +56,11 @@ def patience_after(seconds: float) -> float:
     return LEAST + TIMES * seconds
 
 
-def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connection) -> None:
-    """The body of a process: tells what becomes of the project in this folder."""
+def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connection, *, watched: bool) -> None:
+    """The body of a process: tells what becomes of the project in this folder.
+
+    watched  ends tests that hardly compute; not the first ones, which may wait for a disk to read the libraries from
+    """
     os.setsid()  # so that all that the tests start can be ended at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options = ["-x", "--tb=line", "-rfE", "-m", "not long and not gpu", "-p", "no:cacheprovider"]
@@ -72,21 +75,21 @@ def attempt_by_tests(folder: Path, trial: Trial, patience: float, pipe: Connecti
             stdout=file,
             stderr=file,
         )
-        code = _exit_code(tests, patience, folder)
+        code = _exit_code(tests, patience, folder if watched else None)
     verdict = _verdict(code, told.read_text(encoding="utf-8", errors="replace").splitlines(), trial)
     if not _mark(folder, trial).exists():
         verdict = Verdict(trial.tests[0], "astray", f"pentode/{trial.file} was not imported: {verdict.said}")
     pipe.send(Verdict(verdict.layout, verdict.how, verdict.said, time.monotonic() - begun))
 
 
-def _exit_code(tests: subprocess.Popen[bytes], patience: float, folder: Path) -> int | None:
-    """How the tests end; None if they do not in time, or if their processes hardly compute any more."""
-    end, before = time.monotonic() + patience, _computed(folder)
+def _exit_code(tests: subprocess.Popen[bytes], patience: float, watched: Path | None) -> int | None:
+    """How the tests end; None if they do not in time, or if the processes in a folder hardly compute any more."""
+    end, before = time.monotonic() + patience, _computed(watched)
     lately: deque[int] = deque(maxlen=int(STUCK / LOOK))
     while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
             return tests.wait(LOOK)
-        now = _computed(folder)
+        now = _computed(watched)
         lately.append(sum(ticks - before.get(process, 0) for process, ticks in now.items()))
         before = now
         if now and len(lately) == lately.maxlen and sum(lately) < IDLE:
@@ -104,10 +107,10 @@ def processes_in(folder: Path) -> list[Path]:
     return found
 
 
-def _computed(folder: Path) -> dict[Path, int]:
+def _computed(folder: Path | None) -> dict[Path, int]:
     """Ticks that each process of the tests has computed for; nothing where the system does not tell."""
     found = {}
-    for path in processes_in(folder):
+    for path in processes_in(folder) if folder is not None else ():
         with suppress(OSError):
             fields = (path / "stat").read_text().rpartition(")")[2].split()  # proc(5), from the third field on
             found[path] = int(fields[11]) + int(fields[12])

@@ -135,7 +135,8 @@ class Campaign:
         if trial is not None:
             complete(folder, trial, slow=mutant is not None and mutant.slow)
             patience = patience_after(self.took[trial]) if trial in self.took else 2 * self.patience
-            process = FORK.Process(target=attempt_by_tests, args=(folder, trial, patience, there))
+            options = {"watched": mutant is not None}
+            process = FORK.Process(target=attempt_by_tests, args=(folder, trial, patience, there), kwargs=options)
         else:
             patience = self.patience * self.layouts
             process = FORK.Process(target=attempt, args=(folder, self._orders(mutant), there))

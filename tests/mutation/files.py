@@ -45,7 +45,7 @@ class Trial:
     tests: tuple[str, ...]
 
 
-PROOF, TOLD = "tests/parity/test_proof.py", "tests/parity/test_told_to_all.py"
+PROOF, TOLD, HEADERS = (f"tests/parity/test_{name}.py" for name in ("proof", "told_to_all", "headers"))
 PIECES = "tests/unit/test_checkpoint_layouts.py::test_"
 LIMITS, SAVING = "tests/unit/test_save_limits.py::test_", "tests/parity/test_saving.py::test_"
 GENERATION = "tests/parity/test_generation.py::test_"
@@ -53,7 +53,7 @@ BY_TESTS = (
     Trial(
         "checkpoint/proof.py",
         None,
-        (f"{PROOF}::test_what_one_rank_cannot_see_or_do_all_hear_of", PROOF, "tests/parity/test_headers.py"),
+        (f"{PROOF}::test_what_one_rank_cannot_see_or_do_all_hear_of", PROOF, HEADERS),
     ),
     Trial(
         "checkpoint/save.py",
@@ -84,7 +84,7 @@ BY_TESTS = (
         ),
     ),
     Trial("run/agree.py", None, ("tests/parity/test_agreement.py::test_a_config_of_its_own_is_refused_on_every_rank",)),
-    Trial("run/build.py", ("initialise_weights", "_opened"), (TOLD, "tests/parity/test_existing_weights.py")),
+    Trial("run/build.py", ("initialise_weights", "_opened"), (TOLD, HEADERS, "tests/parity/test_existing_weights.py")),
     Trial("train/copies.py", None, (TOLD, "tests/unit/test_s3_ranks.py")),
     Trial("train/sanity.py", None, ("tests/parity/test_sanity.py",)),
     Trial(
@@ -94,6 +94,7 @@ BY_TESTS = (
             f"{SAVING}room_is_asked_for_what_all_ranks_write",
             f"{SAVING}a_disk_that_is_full_for_one_rank_leaves_run_and_checkpoints_intact",
             f"{SAVING}a_thread_that_broke_holds_up_nobody",
+            f"{SAVING}the_first_rank_alone_removes_older_checkpoints",
             f"{LIMITS}the_saves_to_come_are_counted",
             f"{LIMITS}a_disk_that_will_be_full_is_told",
         ),

@@ -9,6 +9,7 @@ SURVIVORS: dict[str, str] = {
     "pentode/* all_max: *: twice": "the maximum of maxima is that maximum",
     "pentode/* _slice_loss: collectives.all_max(*): twice": "the maximum of maxima is that maximum",
     "pentode/* max_: *: twice": "the maximum of maxima is that maximum",
+    "pentode/train/saving.py Saver._wait_for_all: max_(*): twice": "the maximum of maxima is that maximum",
     "pentode/* start_join_: *: twice": "the parts that are joined do not change, so they are joined to the same",
     "pentode/optim/master.py MasterWeights.*: start_join_(*): twice": "what was joined is joined to the same again",
     "pentode/* StopSignal.asked_anywhere: collectives.max_(*): twice": "the maximum of maxima is that maximum",

@@ -102,6 +102,8 @@ def test_the_ranks_share_the_reading_for_checksums(folders: Path) -> None:
     assert first.hashed + second.hashed == sum(facts.size for facts in open_checkpoint(path).manifest.files.values())
     assert second.hashed > 0
     assert second.read < weights
+    grid = WORLD.run(begun, 4, case=replace(case, dp=2, tp=2, pp=1), path=str(path), dtype="float64")
+    assert sum(rank.hashed for rank in grid) == first.hashed + second.hashed
 
 
 def test_masters_of_bfloat16_are_not_rounded(folders: Path) -> None:

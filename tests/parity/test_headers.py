@@ -16,7 +16,7 @@ from pentode.checkpoint.proof import hear_headers, open_together
 from pentode.checkpoint.save import save
 from pentode.dist.launch import World
 from pentode.dist.mesh import everyone
-from pentode.errors import CheckpointError
+from pentode.errors import CheckpointError, StorageError
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.state import TrainState, content, restore
 from tests.helpers.tiny import tiny_config
@@ -26,10 +26,11 @@ WRITERS = 4
 LAST = f"optimizer-{WRITERS - 1:05}-of-{WRITERS:05}.safetensors"
 
 
-def run_in(folder: Path, **changes: Any) -> Run:
+def run_in(folder: Path, *, tp: int = 1, **changes: Any) -> Run:
     """A run on the ranks that there are, each with its shards of the optimizer's state."""
     here = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-    layout = {"parallelism": {"dp": here.size, "pp": 1, "tp": 1}, "optimizer__zero_stage": int(here.size > 1)}
+    dp = here.size // tp
+    layout = {"parallelism": {"dp": dp, "pp": 1, "tp": tp}, "optimizer__zero_stage": int(dp > 1)}
     return build(tiny_config(folder, **layout, tokens__micro_batch_size=1, **changes), here, first_step=1)
 
 
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opens(*, folder: Path, begun_with: bool) -> tuple[Counter[str], Counter[str]]:
+def opens(*, folder: Path, tp: int, begun_with: bool) -> tuple[Counter[str], Counter[str]]:
     """How often this rank opens each tensor file when it loads a proven checkpoint: for its header, for its tensors."""
     headers, tensors = Counter[str](), Counter[str]()
     really_open, really_read = Path.open, stored.np.fromfile
@@ -60,7 +61,7 @@ def opens(*, folder: Path, begun_with: bool) -> tuple[Counter[str], Counter[str]
         return really_read(path, **more)
 
     checkpoint = open_together(folder / "run" / "0", everyone())
-    run = run_in(folder, **({"model__init_method": {"path": str(folder / "run")}} if begun_with else {}))
+    run = run_in(folder, tp=tp, **({"model__init_method": {"path": str(folder / "run")}} if begun_with else {}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pentode.run.build.find_together", lambda path, world: checkpoint)
         patch.setattr(stored.np, "fromfile", read_noted)
@@ -73,9 +74,11 @@ def opens(*, folder: Path, begun_with: bool) -> tuple[Counter[str], Counter[str]
 
 
 @pytest.mark.parametrize("begun_with", [False, True], ids=["restored", "begun with"])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_header_of_each_file_is_read_once_by_all_ranks_together(folder: Path, ranks: int, begun_with: bool) -> None:
-    arguments = {"folder": folder, "begun_with": begun_with}
+@pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_the_header_of_each_file_is_read_once_by_all_ranks_together(
+    folder: Path, ranks: int, tp: int, begun_with: bool
+) -> None:
+    arguments = {"folder": folder, "tp": tp, "begun_with": begun_with}
     found = [opens(**arguments)] if ranks == 1 else WORLD.run(opens, ranks, **arguments)
     headers, tensors = zip(*found, strict=True)
     checkpoint = open_checkpoint(folder / "run" / "0")
@@ -138,6 +141,26 @@ def test_a_header_that_another_rank_alone_cannot_read_is_no_damage(folder: Path)
     assert first.endswith(
         ": its header claims 9 bytes, where rank 0 finds no fault; checkpoints must be in a folder that all ranks see"
     )
+
+
+def cannot_look(*, folder: Path) -> str:
+    """What this rank is told where the last one cannot even say which files there are."""
+    checkpoint, here = open_together(folder / "run" / "0", everyone()), everyone()
+
+    def no_files(self: Checkpoint, group: str) -> list[str]:
+        raise StorageError("the disk is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if here.rank == here.size - 1:
+            patch.setattr(Checkpoint, "files_of", no_files)
+        with pytest.raises(StorageError) as raised:
+            hear_headers(checkpoint, ["weights"], here)
+    assert raised.value.everywhere
+    return str(raised.value)
+
+
+def test_what_keeps_one_rank_from_looking_all_are_told(folder: Path) -> None:
+    assert WORLD.run(cannot_look, 2, folder=folder) == ["rank 1: the disk is gone"] * 2
 
 
 def shapes(*, folder: Path) -> dict[str, tuple[int, ...]]:

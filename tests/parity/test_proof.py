@@ -3,7 +3,9 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -220,7 +222,7 @@ def test_a_folder_means_its_checkpoint_or_its_newest(root: Path, tmp_path: Path)
 
 
 def finds_otherwise(*, path: Path, other: Path, at: int, fault: str) -> str:
-    """Where one rank is given another folder, does not see the manifest, may not look, or cannot set aside."""
+    """Where one rank is given another folder, does not see the manifest, or may not look, list, read or set aside."""
     world, real = everyone(), Path.exists
 
     def exists(path: Path, **options: bool) -> bool:
@@ -228,20 +230,30 @@ def finds_otherwise(*, path: Path, other: Path, at: int, fault: str) -> str:
             raise PermissionError(13, "Permission denied")
         return path.name != "manifest.json" and real(path, **options)
 
-    def set_aside(damaged: object) -> None:
-        raise StorageError("the disk is full")
+    def steps(root: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    def fail(*_: object) -> NoReturn:
+        raise StorageError("the disk is gone")
 
     own = other if world.rank == at and fault == "other" else path
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == at and fault in ("refused", "unseen"):
             patch.setattr(Path, "exists", exists)
+        if world.rank == at and fault == "unlisted":
+            patch.setattr(proof, "steps", steps)
         if world.rank == at and fault == "full":
-            patch.setattr(proof, "set_aside", set_aside)
+            patch.setattr(proof, "set_aside", fail)
+        if world.rank == at and fault == "unread":
+            patch.setattr(storage, "hash_file", fail)
+        if world.rank == at and fault == "unopened":
+            patch.setattr(proof, "with_manifest", fail)
         if fault == "unseen":
             found = find_together(own, world)
             return "" if found is None else found.folder.name
+        work = partial(newest_together, quarantine=True) if fault in ("full", "unlisted") else find_together
         with pytest.raises(PentodeError) as raised:
-            newest_together(own, world, quarantine=True) if fault == "full" else find_together(own, world)
+            work(own, world)
     assert raised.value.everywhere
     return str(raised.value)
 
@@ -257,6 +269,9 @@ def test_what_one_rank_cannot_see_or_do_all_hear_of(root: Path, tmp_path: Path) 
     for at, fault, told in (
         (1, "refused", "rank 1: "),
         (0, "refused", "rank 0: "),
+        (1, "unlisted", "rank 1: "),
+        (1, "unread", "rank 1: the disk is gone"),
+        (1, "unopened", "rank 1: the disk is gone"),
         (1, "other", f"rank 1: {other}/2/state.json: "),
     ):
         first, second = WORLD.run(finds_otherwise, 2, at=at, fault=fault, **arguments)
@@ -269,4 +284,4 @@ def test_what_one_rank_cannot_see_or_do_all_hear_of(root: Path, tmp_path: Path) 
     (root / "2" / "state.json").write_text("{")
     first, second = WORLD.run(finds_otherwise, 2, at=0, fault="full", path=root, other=other)
     assert first == second
-    assert "the disk is full" in first
+    assert "the disk is gone" in first

@@ -15,7 +15,7 @@ from pentode.dist.launch import World
 from pentode.errors import StorageError
 from pentode.metrics.sinks import Sinks
 from pentode.run.build import Run, build, initialise_weights
-from pentode.train import loop
+from pentode.train import loop, saving
 from pentode.train.loop import train
 from pentode.train.saving import Saver, check_room
 from pentode.train.signals import StopSignal
@@ -92,15 +92,16 @@ def test_the_files_are_those_of_saves_that_are_waited_for(
         open_checkpoint(tmp_path / "beside" / str(step)).verify()
 
 
-def one_disk_is_full(*, folder: Path, policy: str) -> None:
-    """The second save fails on rank 1; with `warn` the next one is made."""
-    run = run_in(folder, {"dp": 2, "tp": 1, "pp": 1}, {"checkpoints__on_save_error": policy})
+def one_disk_is_full(*, folder: Path, policy: str, engine: str) -> None:
+    """The second save fails on the last of four ranks; with `warn` the next one is made."""
+    changes = {"checkpoints__on_save_error": policy, "checkpoints__checkpointing_engine": engine}
+    run = run_in(folder, {"dp": 2, "tp": 2, "pp": 1}, changes)
     root, found = folder / "run", []
     real = Saver.save
 
     def save(saver: Saver, state: TrainState, *, last: bool = False) -> None:
         saver.settle()
-        broken = dist.get_rank() == 1 and state.step == 8
+        broken = dist.get_rank() == 3 and state.step == 8
         storage.os = FaultyOs(fail_at=1 if broken else None, code=errno.ENOSPC)
         real(saver, state, last=last)
 
@@ -108,7 +109,7 @@ def one_disk_is_full(*, folder: Path, policy: str) -> None:
         patch.setattr(storage, "os", storage.os)
         patch.setattr(Saver, "save", save)
         if policy == "stop":
-            with pytest.raises(StorageError, match=r"^rank 1: .*/\.tmp-8-.*: the disk is full") as caught:
+            with pytest.raises(StorageError, match=r"^rank 3: .*/\.tmp-8-.*: the disk is full") as caught:
                 train_in(run, root, published=found)
             assert caught.value.everywhere
         else:
@@ -119,23 +120,24 @@ def one_disk_is_full(*, folder: Path, policy: str) -> None:
     assert sorted(path.name for path in root.iterdir()) == sorted([*map(str, steps), "latest.txt"])
 
 
-@pytest.mark.parametrize("policy", ["stop", "warn"])
-def test_a_disk_that_is_full_for_one_rank_leaves_run_and_checkpoints_intact(tmp_path: Path, policy: str) -> None:
-    WORLD.run(one_disk_is_full, 2, folder=tmp_path, policy=policy)
+@pytest.mark.parametrize(("policy", "engine"), [("stop", "async"), ("warn", "async"), ("stop", "torch")])
+def test_a_disk_that_is_full_for_one_rank_leaves_run_and_checkpoints_intact(
+    tmp_path: Path, policy: str, engine: str
+) -> None:
+    WORLD.run(one_disk_is_full, 4, folder=tmp_path, policy=policy, engine=engine)
     for path in (tmp_path / "run").glob("[0-9]*"):
         open_checkpoint(path).verify()
 
 
 def a_thread_breaks(*, folder: Path) -> None:
-    """What rank 1's thread meets it cannot even tell the others."""
-    run = run_in(folder, {"dp": 2, "tp": 1, "pp": 1}, {})
+    """What the last of four ranks' thread meets it cannot even tell the others."""
+    run = run_in(folder, {"dp": 2, "tp": 2, "pp": 1}, {})
+    breaks = dist.get_rank() == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pentode.train.saving.ENDING", 0.1)
-        if dist.get_rank() == 1:
+        if breaks:
             patch.setattr("pentode.train.saving.save", broken)
-        with pytest.raises(
-            RuntimeError, match="bits fell out" if dist.get_rank() == 1 else "it failed on another rank"
-        ):
+        with pytest.raises(RuntimeError, match="bits fell out" if breaks else "it failed on another rank"):
             train_in(run, folder / "run", published=[])
     dist.barrier()
 
@@ -145,19 +147,40 @@ def broken(root: Path, **content: object) -> Path:
 
 
 def test_a_thread_that_broke_holds_up_nobody(tmp_path: Path) -> None:
-    WORLD.run(a_thread_breaks, 2, folder=tmp_path)
+    WORLD.run(a_thread_breaks, 4, folder=tmp_path)
     assert [path.name for path in (tmp_path / "run").glob("[0-9]*")] == []
 
 
+def removed_here(*, folder: Path) -> list[int]:
+    """After which steps this rank removes older checkpoints."""
+    run, steps = run_in(folder, {"dp": 2, "tp": 2, "pp": 1}, {"checkpoints__keep_last": 1}), []
+    real = saving.prune
+
+    def noted(root: Path, step: int, **kept: Any) -> object:
+        steps.append(step)
+        return real(root, step, **kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "prune", noted)
+        train_in(run, folder / "run", published=[])
+    return steps
+
+
+def test_the_first_rank_alone_removes_older_checkpoints(tmp_path: Path) -> None:
+    assert WORLD.run(removed_here, 4, folder=tmp_path) == [[4, 8, 12], [], [], []]
+    assert [path.name for path in (tmp_path / "run").glob("[0-9]*")] == ["12"]
+
+
 def refused_for_room(*, folder: Path) -> tuple[str, int, int]:
-    """What a rank is told where the disk is full, and how much of a checkpoint and of its weights it would write."""
+    """What a rank is told where the first one's disk is full; what it would write of a checkpoint, and of weights."""
     changes = {"optimizer__zero_stage": 1, "checkpoints__save_hf": True}
     run = run_in(folder, {"dp": 2, "tp": 2, "pp": 1}, changes)
     what = state_content(run, TrainState())
     files = what["files"] if dist.get_rank() == 0 else {}
     real = shutil.disk_usage
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=0))
+        if dist.get_rank() == 0:  # who looks for all
+            patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=0))
         with pytest.raises(StorageError) as caught:
             check_room(run, TrainState(), folder)
     assert caught.value.everywhere

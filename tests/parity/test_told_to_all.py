@@ -1,11 +1,13 @@
 """What goes wrong on one rank while a run begins all ranks hear of, and nobody takes away what others still read."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from pentode.config.kinds.init import ExistingCheckpointInit
 from pentode.dist.mesh import Axis, everyone
 from pentode.errors import StorageError
 from pentode.run import build
@@ -20,7 +22,7 @@ PLACE = Place("s3://bucket/run", is_the_run=True, remove=True)
 def one_fails(*, folder: Path) -> None:
     world = everyone()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise StorageError("the store is gone")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -37,6 +39,16 @@ def one_fails(*, folder: Path) -> None:
             patch.setattr(build, "initial_weights", fail)
         with pytest.raises(StorageError, match="rank 1: the store is gone"):
             build.initialise_weights(run)
+    method = ExistingCheckpointInit(path=folder)
+    run.config = replace(run.config, model=replace(run.config.model, init_method=method))
+    for last, looks in ((0, "kind_of"), (3, "source_of")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "kind_of", lambda path: "of transformers")
+            patch.setattr(build, "source_of", lambda *_, **__: None)
+            if world.rank == last:
+                patch.setattr(build, looks, fail)
+            with pytest.raises(StorageError, match=r"rank 3: the store is gone" if last else r"^the store is gone"):
+                build.initialise_weights(run)
 
 
 def test_what_one_rank_cannot_read_all_hear_of(tmp_path: Path) -> None:
