@@ -43,7 +43,9 @@ def members_of_each_line() -> None:
     rank = mesh.world.rank
     for axis, members in ((mesh.tp, [rank // 2 * 2, rank // 2 * 2 + 1]), (mesh.dp, [rank % 2, rank % 2 + 2])):
         assert collectives.gather_objects(rank, axis) == members
-        assert collectives.gather_objects(rank, collectives.beside(axis, threading.Event())) == members
+        other = collectives.beside(axis, threading.Event())
+        assert collectives.gather_objects(rank, other) == members
+        assert (other.name, other.size, other.rank) == (axis.name, axis.size, members.index(rank))
 
 
 def test_each_rank_hears_those_of_its_line() -> None:
