@@ -3,7 +3,9 @@
 import os
 import resource
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +16,7 @@ from pentode.errors import ConfigError
 
 FLOAT8_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # a CPU multiplies so too, slowly
 NAMES = ("auto", "cpu", "cuda")
+_WITHOUT_KERNELS = ContextVar("without_kernels", default=False)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,23 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def runs_kernels(x: torch.Tensor) -> bool:
-    """Whether an operator on this tensor is a kernel of ours: on a GPU, and not while torch.compile traces it."""
-    return is_gpu(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    """Whether an operator on this tensor is a kernel of ours.
+
+    On a GPU it is, but not for float64, `without_kernels`, nor while torch.compile traces it.
+    """
+    if not is_gpu(x.device) or x.dtype == torch.float64:
+        return False
+    return not (torch.compiler.is_compiling() or _WITHOUT_KERNELS.get())
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Have operators be torch's own, in this thread."""
+    before = _WITHOUT_KERNELS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_KERNELS.reset(before)
 
 
 def backend(device: torch.device) -> str:

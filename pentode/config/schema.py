@@ -119,7 +119,7 @@ class ModelArgs:
         "auto",
         description="torch.compile blocks, on a CPU also loss and optimizer; auto: on a GPU those that kernels of ours "
         "do not do whole: GPT-2's, and a Llama's with tp, float8, selective recomputation or an activation budget. "
-        "off: a GPU still runs our kernels, which Triton builds with the host's C compiler",
+        "off: blocks, loss and optimizer without kernels of ours, too",
     )
     activation_budget: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of activations that compiled blocks keep for backward; what is cheap is computed again"

@@ -62,9 +62,9 @@ def has_all_kernels(config: Config) -> bool:
 
 
 def kernels(config: Config, device: torch.device) -> Kernels:
-    """The kernels of loss and optimizer: on a GPU ours, but for float64; on a CPU compiled, where that is wanted."""
+    """Of loss and optimizer: on a GPU kernels of ours, but for float64; on a CPU compiled, where that is wanted."""
     if devices.is_gpu(device):
-        if config.model.dtype == "float64":
+        if config.model.dtype == "float64" or config.model.compile == "off":
             return Kernels()
         from pentode.ops.cross_entropy_kernel import PASSES
         from pentode.optim.adamw_kernel import update_ as by_kernel
@@ -78,7 +78,8 @@ def kernels(config: Config, device: torch.device) -> Kernels:
 
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
     """Set how the models run their blocks, as the config says. Returns whether they are compiled."""
-    block = recomputing(run_block, config.parallelism.recompute_layer)
+    block = devices.without_kernels()(run_block) if config.model.compile == "off" else run_block
+    block = recomputing(block, config.parallelism.recompute_layer)
     wanted, budget = is_wanted(config, device), config.model.activation_budget
     if wanted:
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from pentode.run.compiled import is_wanted
+from pentode import device as devices
+from pentode.run import compiled
+from pentode.run.compiled import Kernels, is_wanted, kernels, prepare_blocks
 from tests.helpers.tiny import tiny_config, tiny_yaml
 
 LLAMA = {
@@ -45,6 +48,7 @@ def test_a_llama_trains_without_the_compiler(tmp_path: Path) -> None:
         ({"parallelism__recompute_layer": True}, False),
         ({"model__dtype": "float32", "parallelism__pp": 2}, False),
         ({"model__compile": "on"}, True),
+        ({"model__compile": "off", "parallelism__tp": 2}, False),
         ({"model__dtype": "float64"}, True),
         ({"model__model_config": LLAMA | {"hidden_act": "gelu"}}, True),
         ({"model__activation_budget": 0.5}, True),
@@ -59,6 +63,21 @@ def test_a_gpu_compiles_what_has_no_kernel(tmp_path: Path, changes: dict[str, An
     config = tiny_config(tmp_path, **changes)
     assert is_wanted(config, torch.device("cuda")) is wanted
     assert is_wanted(config, torch.device("cpu")) is (changes.get("model__compile") == "on")
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_off_means_no_kernels_of_ours_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    by_kernels: list[bool] = []
+    monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+    monkeypatch.setattr(compiled, "run_block", lambda block, x: by_kernels.append(devices.runs_kernels(x)))
+    config, x = tiny_config(tmp_path, model__compile=mode, model__model_config=LLAMA), torch.zeros(1)
+    model: Any = SimpleNamespace()
+    assert not prepare_blocks([model], config, device=x.device)
+    model.run_block(None, x)
+    assert by_kernels == [mode == "auto"]
+    assert devices.runs_kernels(x), "only within blocks"
+    if mode == "off":
+        assert kernels(config, x.device) == Kernels()
 
 
 def test_a_gpu_compiles_a_gpt_2(tmp_path: Path) -> None:
