@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels is fastest on this GPU, forward and backward.
+"""Which of torch's attention kernels is fastest on this GPU, forward and backward, and FlashAttention-4 if installed.
 
 usage: python -m benchmarks.attention
 
@@ -54,6 +54,13 @@ def by_varlen(batch: int, sequence: int) -> Attend:
     return attend
 
 
+def by_flash_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-4, of the package flash-attn-4."""
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+
 def timed(work: Callable[[], object], *, times: int = 20) -> float:
     """Milliseconds a call."""
     for _ in range(3):
@@ -77,6 +84,7 @@ def main() -> None:
             "cudnn": by_torch(SDPBackend.CUDNN_ATTENTION),
             "flex": by_flex(S),
             "varlen": by_varlen(B, S),
+            "FlashAttention-4": by_flash_4,
         }
         for kernel, attend in kernels.items():
             try:

@@ -271,6 +271,11 @@ class Graph:
         self._graph.replay()
 
 
+def generation(device: torch.device) -> int:
+    """The GPU's, as its maker counts them: the first number of its compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many of them a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count

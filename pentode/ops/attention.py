@@ -1,4 +1,4 @@
-"""Causal attention on one device, by torch's fused kernels, and in plain form where its probabilities are needed.
+"""Causal attention on one device, by fused kernels, and in plain form where its probabilities are needed.
 
 B sequences, S queries and N keys in each (N > S while generating: the last S of N places ask), H query heads,
 K key/value heads that serve H / K neighbouring query heads each, E head size.
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pentode.ops import flash
 from pentode.ops.dropout import DRAWS, keep_mask, kept_scale
 
 
@@ -16,6 +17,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q [B, S, H, E], k and v [B, N, K, E] -> [B, S, H, E]
     """
+    if flash.serves(q, k):
+        return flash.flash_attention(q, k, v)
     S, N = q.shape[1], k.shape[1]
     mask = None if S in (1, N) else _visible(S, N, q.device)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -13,11 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pentode import device as devices
 from pentode import log
+from pentode.ops import flash
 from pentode.optim import fused
 from pentode.version import VERSION
 
 PACKAGES = ("torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "tokenizers", "safetensors", "fsspec", "psutil")
-EXTRAS = {"data": ("datasets", "huggingface_hub"), "plots": ("matplotlib",), "hf": ("transformers",), "s3": ("s3fs",)}
+EXTRAS = {
+    "data": ("datasets", "huggingface_hub"),
+    "plots": ("matplotlib",),
+    "hf": ("transformers",),
+    "s3": ("s3fs",),
+    "flash": ("flash-attn-4",),
+}
 SETTINGS = re.compile(
     r"^(CUDA|NCCL|TORCH|PYTORCH|HF|OMP|MKL|GLOO|SLURM|WANDB|AWS)_|^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_\w+)$"
 )
@@ -73,11 +80,21 @@ def _fused_adamw(device: torch.device) -> None:
         raise RuntimeError("this torch has none")
 
 
+def _flash_4(device: torch.device) -> None:
+    if not devices.is_gpu(device):
+        raise RuntimeError("there is no GPU, for which it is")
+    q = torch.randn(1, 64, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    if not flash.is_usable(device):
+        raise RuntimeError("it is not installed, or not for this GPU")
+    flash.flash_attention(q, q, q).sum().backward()
+
+
 KERNELS: dict[str, Callable[[torch.device], None]] = {
     "attention math": _attention(SDPBackend.MATH),
     "attention flash": _attention(SDPBackend.FLASH_ATTENTION),
     "attention efficient": _attention(SDPBackend.EFFICIENT_ATTENTION),
     "attention cudnn": _attention(SDPBackend.CUDNN_ATTENTION),
+    "FlashAttention-4": _flash_4,
     "fused AdamW": _fused_adamw,
     "built by Triton": _triton,
 }
