@@ -83,6 +83,7 @@ BY_TESTS = (
             f"{GENERATION}a_reader_who_has_seen_enough_ends_all_processes_in_peace",
         ),
     ),
+    Trial("optim/layout.py", ("_round_up",), ("tests/unit/test_layout.py",)),
     Trial("run/agree.py", None, ("tests/parity/test_agreement.py::test_a_config_of_its_own_is_refused_on_every_rank",)),
     Trial("run/build.py", ("initialise_weights", "_opened"), (TOLD, HEADERS, "tests/parity/test_existing_weights.py")),
     Trial("train/copies.py", None, (TOLD, "tests/unit/test_s3_ranks.py")),

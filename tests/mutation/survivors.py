@@ -59,9 +59,6 @@ SURVIVORS: dict[str, str] = {
     "pentode/optim/flat.py flatten: bucket_bytes // gradient_dtype.itemsize: *": (
         "buckets of another size: the same sums in fewer messages, or in more"
     ),
-    "pentode/optim/layout.py _round_up: -n // multiple: not divided": (
-        "a larger multiple: places stay aligned, and padding counts nowhere; tests/unit/test_layout.py bounds it"
-    ),
     "pentode/parallel/loss.py _slices: *": (
         "more slices or fewer, with every token in one; tests/unit/test_loss.py says how many are needed"
     ),

@@ -287,9 +287,10 @@ def test_masters_that_differ_by_less_than_a_weight_can_show_end_all_ranks() -> N
 
 
 CUBE = Case(Problem(shape=(*TIED, *ONE_KV_HEAD)), dp=2, tp=2, pp=2, micro_batches=2, engine="1f1b")
+PAIRS = Case(Problem(shape=(("num_key_value_heads", 2),)), tp=4)  # of ranks, each with a key/value head
 
 
-@pytest.mark.parametrize("case", [CUBE, dataclasses.replace(CUBE, sequence_parallel=True, zero=1)])
+@pytest.mark.parametrize("case", [CUBE, dataclasses.replace(CUBE, sequence_parallel=True, zero=1), PAIRS])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_healthy_run_passes(case: Case, dtype: str) -> None:
     assert ends_with(case, 0, "nothing", dtype=dtype) == ""
