@@ -6,6 +6,7 @@ compiles, and what is too small for it, torch's kernels do (docs/performance.md)
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -57,5 +58,6 @@ def _function(device: torch.device) -> Function | None:
     except Exception as error:  # noqa: BLE001 - a beta, whose parts may not go with each other
         log.warning(f"flash-attn-4 is installed, but does not load ({type(error).__name__}: {error}); torch attends")
         return None
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
     log.info(f"Attention by FlashAttention-4 (flash-attn-4 {version})")
     return flash_attn_func
