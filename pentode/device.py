@@ -71,14 +71,16 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def runs_kernels(x: torch.Tensor) -> bool:
-    """Whether an operator on this tensor is a kernel of ours.
-
-    On a GPU it is, but not for float64, `without_kernels`, nor while torch.compile traces it.
-    """
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether there are kernels for what is done with this tensor: on a GPU, but not for float64, `without_kernels`."""
     if not is_gpu(x.device) or x.dtype == torch.float64:
         return False
-    return not (torch.compiler.is_compiling() or _WITHOUT_KERNELS.get())
+    return torch.compiler.is_compiling() or not _WITHOUT_KERNELS.get()
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether an operator on this tensor is a kernel of ours: it has one, and torch.compile does not trace it."""
+    return has_kernels(x) and not torch.compiler.is_compiling()
 
 
 @contextmanager

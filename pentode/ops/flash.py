@@ -1,17 +1,18 @@
 """Attention by FlashAttention-4, of the package flash-attn-4, where it is installed and faster than torch's kernels.
 
-The package is a beta, compiles its kernels when they are first asked for, and keeps them for later runs. What torch
-compiles, and what is too small for it, torch's kernels do (docs/performance.md).
+The package is a beta, compiles its kernels when they are first asked for, and keeps them for later runs. What is too
+small for it torch's kernels do (docs/performance.md).
 """
 
 import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from pentode import device as devices
 from pentode import log
@@ -21,37 +22,100 @@ LARGE = 5e10  # products of a query's number with a key's from which it is faste
 MOST, MULTIPLE = 128, 8  # of head sizes
 KEEP = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # what it compiled
 
-Function = Callable[..., tuple[Tensor, Tensor | None]]
+
+class Functions(NamedTuple):
+    """The package's two directions."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+_functions: dict[int | None, Functions | None] = {}  # by the device's number
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether it is installed, and has kernels for this GPU."""
-    return _function(device) is not None
+    """Whether it is installed, and has kernels for this GPU. What torch compiles knows it if it was asked before."""
+    if device.index not in _functions and not torch.compiler.is_compiling():
+        _functions[device.index] = _load(device)
+    return _functions.get(device.index) is not None
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
     """Whether it is to do this attention, of q [B, S, H, E] and k [B, N, K, E]."""
     B, S, H, E = q.shape
     fits = q.dtype in (torch.bfloat16, torch.float16) and k.shape[1] == S and E <= MOST and E % MULTIPLE == 0
-    return fits and B * H * S * S * E >= LARGE and devices.runs_kernels(q) and is_usable(q.device)
+    return fits and B * H * S * S * E >= LARGE and devices.has_kernels(q) and is_usable(q.device)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention`, where it `serves`."""
-    function = _function(q.device)
-    assert function is not None, "it does not serve"
-    return function(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())[0]
+    return _flash_attention(q, k, v)[0]
 
 
-@cache
-def _function(device: torch.device) -> Function | None:
-    """The package's function; None where it is not installed, does not work, or has no kernels for this GPU."""
+@torch.library.custom_op("pentode::flash_attention", mutates_args=())
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, S, H, E], and the logarithms of the sums of its exponentials, [B, H, S] float32."""
+    y, sums, *_ = _of(q).forward(q, k, v, causal=True, return_lse=True)
+    return y.contiguous(), sums.contiguous()
+
+
+@torch.library.custom_op("pentode::flash_attention_backward", mutates_args=())
+def _flash_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, in their shapes."""
+    same_bits = torch.are_deterministic_algorithms_enabled()
+    grads = _of(q).backward(q, k, v, y, grad.contiguous(), sums, causal=True, deterministic=same_bits)
+    dq, dk, dv, *_ = (t.contiguous() for t in grads)
+    return dq, dk, dv
+
+
+@_flash_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, S, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, S, dtype=torch.float32)
+
+
+@_flash_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)  # none comes for the sums
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_attention_backward(grad, *ctx.saved_tensors)
+
+
+_flash_attention.register_autograd(_differentiate, setup_context=_keep)
+OPERATOR = torch.ops.pentode.flash_attention.default
+
+
+@register_flop_formula(torch.ops.pentode.flash_attention)
+def _flops(q: tuple[int, ...], *_: object, **__: object) -> int:
+    """As torch counts its own attention, with the scores that are masked: by this a compiler weighs what to keep."""
+    B, S, H, E = q
+    return 4 * B * H * S * S * E
+
+
+def _of(q: Tensor) -> Functions:
+    found = _functions[q.device.index]
+    assert found is not None, "it does not serve"
+    return found
+
+
+def _load(device: torch.device) -> Functions | None:
+    """The package's functions; None where it is not installed, does not work, or has no kernels for this GPU."""
     if devices.generation(device) not in GENERATIONS:
         return None
     os.environ.setdefault(KEEP, "1")  # read when it is imported
     try:
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+        from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
+        found = Functions(interface._flash_attn_fwd, interface._flash_attn_bwd)
         version = importlib.metadata.version("flash-attn-4")
     except ImportError:
         return None
@@ -60,4 +124,4 @@ def _function(device: torch.device) -> Function | None:
         return None
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
     log.info(f"Attention by FlashAttention-4 (flash-attn-4 {version})")
-    return flash_attn_func
+    return found

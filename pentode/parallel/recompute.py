@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pentode.dist.collectives import SUMS
+from pentode.ops import flash
 from pentode.parallel import tensor_overlap
 
 Mode = Literal[True, False, "selective"]
@@ -27,6 +28,7 @@ KEPT = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        flash.OPERATOR,
         *SUMS,
         *tensor_overlap.OPERATORS,
     }

@@ -16,6 +16,7 @@ from pentode.config.kinds.llama import LlamaConfig
 from pentode.config.schema import Config
 from pentode.errors import ConfigError
 from pentode.nn.causal_lm import CausalLM, run_block
+from pentode.ops import flash
 from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
@@ -82,6 +83,7 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
     block = recomputing(block, config.parallelism.recompute_layer)
     wanted, budget = is_wanted(config, device), config.model.activation_budget
     if wanted:
+        _load_attention(config, device)
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled
         block = torch.compile(block, fullgraph=True, options=CACHED)
         block = block if budget == 1 else _keeping(budget, block)
@@ -92,6 +94,14 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
     for model in models:
         model.run_block = block
     return wanted
+
+
+def _load_attention(config: Config, device: torch.device) -> None:
+    """Have the kernels at hand that attention of this size is done by: what is being compiled cannot import them."""
+    shape, tokens = config.model.model_config, config.tokens
+    scores = tokens.micro_batch_size * shape.heads // config.parallelism.tp * tokens.sequence_length**2
+    if devices.is_gpu(device) and scores * shape.head_dim >= flash.LARGE:
+        flash.is_usable(device)
 
 
 def _keeping(budget: float, block: Callable[P, Tensor]) -> Callable[P, Tensor]:

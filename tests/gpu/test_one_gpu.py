@@ -1,8 +1,12 @@
 """One GPU trains alike by torch's own operators, kernels of ours and compiled blocks: every kind's gradient norm."""
 
-import pytest
+from typing import Any
 
-from tests.helpers.overfit import TOLERANCES, Layout, furthest, overfit
+import pytest
+import torch
+
+from pentode.ops import flash
+from tests.helpers.overfit import TOLERANCES, Found, Layout, furthest, overfit
 from tests.helpers.world import World
 
 WORLD = World("nccl")
@@ -21,3 +25,34 @@ def test_kernels_and_compiled_blocks_have_the_gradient_norms_of_torchs_operators
         worst = furthest(plain, found)
         print(f"{model} | {dtype} | {how} | loss {found.losses[0]:.3f} -> {found.losses[-1]:.3f} | {worst}")
         assert worst[0] < TOLERANCES[dtype]
+
+
+def overfit_with_flash(**arguments: Any) -> Found:
+    """`overfit`, with attention by FlashAttention-4 however small it is."""
+    assert flash.is_usable(torch.device("cuda", 0))
+    functions, large, calls = flash._functions[0], flash.LARGE, list[int]()
+    assert functions is not None
+
+    def forward(*operands: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        return functions.forward(*operands, **options)
+
+    flash.LARGE, flash._functions[0] = 0, functions._replace(forward=forward)
+    try:
+        return overfit(**arguments)
+    finally:
+        flash.LARGE, flash._functions[0] = large, functions
+        assert calls, "it was not asked"
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize("how", ["auto", "on"])
+def test_flash_attention_has_the_gradient_norms_of_torchs(how: str, recompute: bool | str) -> None:
+    if not flash.is_usable(torch.device("cuda", 0)):
+        pytest.skip("flash-attn-4 is not installed, or not for this GPU")
+    arguments = {"model": "llama", "dtype": "bfloat16"}
+    plain = WORLD.run(overfit, 1, layout=Layout(compile="off"), **arguments)[0]
+    found = WORLD.run(overfit_with_flash, 1, layout=Layout(compile=how, recompute=recompute), **arguments)[0]
+    worst = furthest(plain, found)
+    print(f"flash | {how} | {recompute} | loss {found.losses[0]:.3f} -> {found.losses[-1]:.3f} | {worst}")
+    assert worst[0] < TOLERANCES["bfloat16"]

@@ -2,45 +2,79 @@
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pentode import device as devices
 from pentode.ops import flash
 from pentode.ops.attention import attention
+from pentode.parallel.recompute import recomputing
 
 SHAPE = {"B": 2, "S": 64, "H": 4, "K": 2, "E": 32}
 NUMBERS = 2 * 4 * 64 * 64 * 32
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a package in the real one's place is asked, on what passes for a GPU of Hopper's generation."""
     calls: list[dict[str, Any]] = []
-    flash._function.cache_clear()
+    monkeypatch.setattr(flash, "_functions", {})
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]:
         calls.append(options)
-        heads = q.shape[2] // k.shape[2]
-        q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(heads, 2), v.repeat_interleave(heads, 2)))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
+        return formula(q, k, v), torch.zeros(q.shape[0], q.shape[2], q.shape[1]), torch.empty(0)
 
-    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
-    cute.flash_attn_func = flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(
+        q: Tensor, k: Tensor, v: Tensor, y: Tensor, grad: Tensor, sums: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
+        calls.append(options)
+        return gradients(q, k, v, grad)
+
+    package, cute, interface = (ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "interface"))
+    vars(interface).update(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    vars(cute).update(interface=interface)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
     monkeypatch.setattr(devices, "is_gpu", lambda device: True)
     monkeypatch.setattr(devices, "generation", lambda device: 9)
     monkeypatch.setattr(flash, "LARGE", NUMBERS)
-    monkeypatch.delenv(flash.KEEP, raising=False)
-    yield calls
-    flash._function.cache_clear()
+    monkeypatch.setenv(flash.KEEP, "0")
+    return calls
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bjhe->bihe", probabilities(q, k), repeated(v, q)).to(q.dtype)
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Of q, k and v, in closed form: an operator's own code is not differentiated."""
+    p = probabilities(q, k)
+    dv = torch.einsum("bhij,bihe->bjhe", p, grad.double())
+    dp = torch.einsum("bihe,bjhe->bhij", grad.double(), repeated(v, q))
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dq = torch.einsum("bhij,bjhe->bihe", ds, repeated(k, q))
+    dk = torch.einsum("bhij,bihe->bjhe", ds, q.double())
+    dk, dv = (t.unflatten(2, (k.shape[2], -1)).sum(3) for t in (dk, dv))
+    return tuple(t.to(q.dtype) for t in (dq, dk, dv))
+
+
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, S, S]"""
+    scores = torch.einsum("bihe,bjhe->bhij", q.double(), repeated(k, q)) * q.shape[-1] ** -0.5
+    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def repeated(t: Tensor, q: Tensor) -> Tensor:
+    """Each key's or value's head as often as query heads share it, in float64."""
+    return t.double().repeat_interleave(q.shape[2] // t.shape[2], 2)
 
 
 def drawn(dtype: torch.dtype = torch.bfloat16, *, N: int | None = None, **changes: int) -> list[Tensor]:
@@ -51,12 +85,54 @@ def drawn(dtype: torch.dtype = torch.bfloat16, *, N: int | None = None, **change
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+FORWARD = {"causal": True, "return_lse": True}
+BACKWARD = {"causal": True, "deterministic": False}
+
+
+def attended(attend: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
+    """Values and gradients."""
+    leaves = [t.detach().requires_grad_() for t in operands]
+    y = attend(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
 def test_it_does_what_is_large(asked: list[dict[str, Any]]) -> None:
-    q, k, v = drawn()
-    want = attention(q.float(), k.float(), v.float())
+    want = attended(attention, [t.float() for t in drawn()])
     assert asked == []
-    torch.testing.assert_close(attention(q, k, v).float(), want, rtol=0, atol=2e-2)
-    assert asked == [{"causal": True, "deterministic": False}]
+    for got, right in zip(attended(attention, drawn()), want, strict=True):
+        torch.testing.assert_close(got.float(), right, rtol=2e-2, atol=2e-2)
+    assert asked == [FORWARD, BACKWARD]
+
+
+def test_it_is_in_compiled_code_where_it_was_loaded_before(asked: list[dict[str, Any]]) -> None:
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    attended(compiled, drawn())
+    assert asked == []
+    torch.compiler.reset()
+    assert flash.is_usable(torch.device("cpu"))
+    found = attended(torch.compile(attention, fullgraph=True, backend="aot_eager"), drawn())
+    assert asked == [FORWARD, BACKWARD]
+    assert all(torch.equal(got, want) for got, want in zip(found, attended(attention, drawn()), strict=True))
+
+
+def test_selective_recomputation_keeps_it(asked: list[dict[str, Any]]) -> None:
+    attended(recomputing(attention, "selective"), drawn())
+    assert asked == [FORWARD, BACKWARD]
+    asked.clear()
+    attended(recomputing(attention, True), drawn())
+    assert asked == [FORWARD, FORWARD, BACKWARD]
+
+
+def test_its_operators_are_as_torch_wants_them(asked: list[dict[str, Any]]) -> None:
+    q, k, v = (t.requires_grad_() for t in drawn())
+    assert flash.is_usable(q.device)
+    torch.library.opcheck(flash.OPERATOR, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+    y, sums = flash._flash_attention(q, k, v)
+    backward = torch.ops.pentode.flash_attention_backward.default
+    torch.library.opcheck(backward, (y, q, k, v, y, sums), test_utils=("test_schema", "test_faketensor"))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v)
+    assert counter.get_total_flops() == 4 * NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -78,10 +154,10 @@ def test_torch_does_what_is_to_be_done_without_kernels(asked: list[dict[str, Any
 def test_it_is_asked_for_the_same_bits_each_time_where_the_run_is(asked: list[dict[str, Any]]) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        attention(*drawn())
+        attended(attention, drawn())
     finally:
         torch.use_deterministic_algorithms(False)
-    assert asked == [{"causal": True, "deterministic": True}]
+    assert asked == [FORWARD, BACKWARD | {"deterministic": True}]
 
 
 def test_another_gpu_has_torchs(asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
