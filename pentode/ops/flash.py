@@ -37,6 +37,11 @@ def is_usable(device: torch.device) -> bool:
     """Whether it is installed, and has kernels for this GPU. What torch compiles knows it if it was asked before."""
     if device.index not in _functions and not torch.compiler.is_compiling():
         _functions[device.index] = _load(device)
+    return is_loaded(device)
+
+
+def is_loaded(device: torch.device) -> bool:
+    """Whether something was large enough for it on this GPU, and it is usable."""
     return _functions.get(device.index) is not None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pentode.dist.mesh import Axis
 from pentode.errors import ConfigError
+from pentode.ops import flash
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
 from pentode.train import replay
@@ -234,6 +235,15 @@ def test_a_step_is_not_recorded_by_itself_where_others_hold_the_memory(
 ) -> None:
     recorder = played(monkeypatch, peak=TOTAL // 4, free=TOTAL // 4)
     do(Steps(run_of(tmp_path, "auto")), STEPS)
+    assert recorder.replays == []
+
+
+def test_a_step_is_not_recorded_by_itself_where_attention_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = played(monkeypatch)
+    monkeypatch.setattr(flash, "is_loaded", lambda device: True)
+    do(Steps(run_of(tmp_path, "auto", tokens__train_steps=40)), STEPS + TIMED)
     assert recorder.replays == []
 
 
