@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from pentode import log
 GENERATIONS = (9, 10)  # of NVIDIA's GPUs, for which the package has these kernels: Hopper, Blackwell
 LARGE = 5e10  # products of a query's number with a key's from which it is faster: its launch takes the host longer
 MOST, MULTIPLE = 128, 8  # of head sizes
-KEEP = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # what it compiled
+KEEP = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # what it compiled, which is a process's own otherwise
+KEEP_IN = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+KEPT = Path(".cache", "pentode", "flash")  # in the user's home
 
 
 class Functions(NamedTuple):
@@ -116,17 +119,30 @@ def _load(device: torch.device) -> Functions | None:
     """The package's functions; None where it is not installed, does not work, or has no kernels for this GPU."""
     if devices.generation(device) not in GENERATIONS:
         return None
-    os.environ.setdefault(KEEP, "1")  # read when it is imported
+    _keep_kernels()
     try:
         from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
         found = Functions(interface._flash_attn_fwd, interface._flash_attn_bwd)
         version = importlib.metadata.version("flash-attn-4")
-    except ImportError:
-        return None
     except Exception as error:  # noqa: BLE001 - a beta, whose parts may not go with each other
-        log.warning(f"flash-attn-4 is installed, but does not load ({type(error).__name__}: {error}); torch attends")
+        if not (isinstance(error, ModuleNotFoundError) and str(error.name).startswith("flash_attn")):
+            name = type(error).__name__
+            log.warning(f"flash-attn-4 is installed, but does not load ({name}: {error}); torch attends")
         return None
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
     log.info(f"Attention by FlashAttention-4 (flash-attn-4 {version})")
     return found
+
+
+def _keep_kernels() -> None:
+    """Have the package keep what it compiles, where the user has not said and has a home; read when it is imported."""
+    if KEEP in os.environ:
+        return
+    try:
+        folder = Path.home() / KEPT
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    os.environ[KEEP] = "1"
+    os.environ.setdefault(KEEP_IN, str(folder))

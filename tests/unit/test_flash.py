@@ -1,8 +1,10 @@
 """FlashAttention-4 does the attention that it is faster for, where it is installed; elsewhere torch does."""
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -166,24 +168,43 @@ def test_another_gpu_has_torchs(asked: list[dict[str, Any]], monkeypatch: pytest
     assert asked == []
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("lacking", ["flash_attn.cute", "cutlass"])
 def test_a_package_that_is_missing_or_broken_leaves_it_to_torch(
-    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, broken: bool
+    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("pentode.log.warning", told.append)
-    if broken:
+    if lacking == "cutlass":
 
         def fail(name: str) -> str:
-            raise RuntimeError("no such kernel")
+            raise ModuleNotFoundError("No module named 'cutlass'", name="cutlass")
 
         monkeypatch.setattr(importlib.metadata, "version", fail)
     else:
-        monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+        monkeypatch.setitem(sys.modules, lacking, None)
     attention(*drawn())
     assert asked == []
-    want = "flash-attn-4 is installed, but does not load (RuntimeError: no such kernel); torch attends"
-    assert told == ([want] if broken else [])
+    want = (
+        "flash-attn-4 is installed, but does not load (ModuleNotFoundError: No module named 'cutlass'); torch attends"
+    )
+    assert told == ([want] if lacking == "cutlass" else [])
+
+
+@pytest.mark.parametrize("home", ["a folder", "a file", "said otherwise"])
+def test_what_it_compiles_is_kept_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(flash.KEEP, "0")
+    monkeypatch.setenv(flash.KEEP_IN, "")
+    if home != "said otherwise":
+        monkeypatch.delenv(flash.KEEP)
+        monkeypatch.delenv(flash.KEEP_IN)
+    if home == "a file":
+        (tmp_path / "home").touch()
+    flash._keep_kernels()
+    kept = str(tmp_path / "home" / flash.KEPT)
+    want = {"a folder": ("1", kept), "a file": (None, None), "said otherwise": ("0", "")}[home]
+    assert (os.environ.get(flash.KEEP), os.environ.get(flash.KEEP_IN)) == want
+    assert Path(kept).is_dir() == (home == "a folder")
 
 
 @pytest.mark.gpu
