@@ -79,7 +79,8 @@ def kernels(config: Config, device: torch.device) -> Kernels:
 
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
     """Set how the models run their blocks, as the config says. Returns whether they are compiled."""
-    block = devices.without_kernels()(run_block) if config.model.compile == "off" else run_block
+    plain = config.model.compile == "off" and devices.is_gpu(device)
+    block = devices.without_kernels()(run_block) if plain else run_block
     block = recomputing(block, config.parallelism.recompute_layer)
     wanted, budget = is_wanted(config, device), config.model.activation_budget
     if wanted:
