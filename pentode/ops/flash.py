@@ -5,6 +5,7 @@ small for it torch's kernels do (docs/performance.md).
 """
 
 import importlib.metadata
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -57,35 +58,40 @@ def serves(q: Tensor, k: Tensor) -> bool:
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention`, where it `serves`."""
-    return _flash_attention(q, k, v)[0]
+    return OPERATOR(q, k, v)[0]
 
 
-@torch.library.custom_op("pentode::flash_attention", mutates_args=())
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+# Defined so, and not by torch.library.custom_op, whose operators import torch's compiler when they are first called.
+_LIBRARY = torch.library.Library("pentode", "FRAGMENT")
+_LIBRARY.define("flash_attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, S, H, E], and the logarithms of the sums of its exponentials, [B, H, S] float32."""
-    y, sums, *_ = _of(q).forward(q, k, v, causal=True, return_lse=True)
+    y, sums, *_ = _of(q).forward(q=q, k=k, v=v, causal=True, return_lse=True)
     return y.contiguous(), sums.contiguous()
 
 
-@torch.library.custom_op("pentode::flash_attention_backward", mutates_args=())
-def _flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their shapes."""
+    operands = {"q": q, "k": k, "v": v, "out": y, "dout": grad.contiguous(), "lse": sums}
     same_bits = torch.are_deterministic_algorithms_enabled()
-    grads = _of(q).backward(q, k, v, y, grad.contiguous(), sums, causal=True, deterministic=same_bits)
-    dq, dk, dv, *_ = (t.contiguous() for t in grads)
+    dq, dk, dv, *_ = (t.contiguous() for t in _of(q).backward(**operands, causal=True, deterministic=same_bits))
     return dq, dk, dv
 
 
-@_flash_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, S, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, S, dtype=torch.float32)
 
 
-@_flash_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -95,11 +101,18 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash_attention_backward(grad, *ctx.saved_tensors)
+    return BACKWARD(grad, *ctx.saved_tensors)
 
 
-_flash_attention.register_autograd(_differentiate, setup_context=_keep)
+for _name, _real, _fake in (
+    ("flash_attention", _forward, _fake_forward),
+    ("flash_attention_backward", _backward, _fake_backward),
+):
+    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pentode::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("pentode::flash_attention", _differentiate, setup_context=_keep, lib=_LIBRARY)
 OPERATOR = torch.ops.pentode.flash_attention.default
+BACKWARD = torch.ops.pentode.flash_attention_backward.default
 
 
 @register_flop_formula(torch.ops.pentode.flash_attention)
@@ -124,6 +137,9 @@ def _load(device: torch.device) -> Functions | None:
         from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
         found = Functions(interface._flash_attn_fwd, interface._flash_attn_bwd)
+        inspect.signature(found.forward).bind(**dict.fromkeys(("q", "k", "v", "causal", "return_lse")))
+        named = ("q", "k", "v", "out", "dout", "lse", "causal", "deterministic")
+        inspect.signature(found.backward).bind(**dict.fromkeys(named))  # raises where it takes others
         version = importlib.metadata.version("flash-attn-4")
     except Exception as error:  # noqa: BLE001 - a beta, whose parts may not go with each other
         if not (isinstance(error, ModuleNotFoundError) and str(error.name).startswith("flash_attn")):

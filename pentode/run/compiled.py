@@ -100,7 +100,8 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
 def _load_attention(config: Config, device: torch.device) -> None:
     """Have the kernels at hand that attention of this size is done by: what is being compiled cannot import them."""
     shape, tokens = config.model.model_config, config.tokens
-    scores = tokens.micro_batch_size * shape.heads // config.parallelism.tp * tokens.sequence_length**2
+    longest = max([tokens.sequence_length, *(stage.sequence_length or 0 for stage in config.data_stages)])
+    scores = tokens.micro_batch_size * shape.heads // config.parallelism.tp * longest**2
     if devices.is_gpu(device) and scores * shape.head_dim >= flash.LARGE:
         flash.is_usable(device)
 

@@ -104,6 +104,6 @@ def _attempt(test: Callable[[torch.device], None], device: torch.device) -> str:
     """Whether a kernel runs on this device; if not, the first line of the reason."""
     try:
         test(device)
-    except (ImportError, RuntimeError) as error:
-        return f"no: {str(error).splitlines()[0]}"
+    except Exception as error:  # noqa: BLE001 - whatever a kernel's library raises
+        return f"no: {(str(error) or type(error).__name__).splitlines()[0]}"
     return "usable"

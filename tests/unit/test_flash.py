@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +34,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return formula(q, k, v), torch.zeros(q.shape[0], q.shape[2], q.shape[1]), torch.empty(0)
 
     def backward(
-        q: Tensor, k: Tensor, v: Tensor, y: Tensor, grad: Tensor, sums: Tensor, **options: Any
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **options: Any
     ) -> tuple[Tensor, ...]:
         calls.append(options)
-        return gradients(q, k, v, grad)
+        return gradients(q, k, v, dout)
 
     package, cute, interface = (ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "interface"))
     vars(interface).update(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
@@ -129,9 +130,8 @@ def test_its_operators_are_as_torch_wants_them(asked: list[dict[str, Any]]) -> N
     q, k, v = (t.requires_grad_() for t in drawn())
     assert flash.is_usable(q.device)
     torch.library.opcheck(flash.OPERATOR, (q, k, v), test_utils=("test_schema", "test_faketensor"))
-    y, sums = flash._flash_attention(q, k, v)
-    backward = torch.ops.pentode.flash_attention_backward.default
-    torch.library.opcheck(backward, (y, q, k, v, y, sums), test_utils=("test_schema", "test_faketensor"))
+    y, sums = flash.OPERATOR(q, k, v)
+    torch.library.opcheck(flash.BACKWARD, (y, q, k, v, y, sums), test_utils=("test_schema", "test_faketensor"))
     with FlopCounterMode(display=False) as counter:
         attention(q, k, v)
     assert counter.get_total_flops() == 4 * NUMBERS
@@ -188,6 +188,36 @@ def test_a_package_that_is_missing_or_broken_leaves_it_to_torch(
         "flash-attn-4 is installed, but does not load (ModuleNotFoundError: No module named 'cutlass'); torch attends"
     )
     assert told == ([want] if lacking == "cutlass" else [])
+
+
+def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
+    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("pentode.log.warning", told.append)
+    interface = sys.modules["flash_attn.cute"].interface
+    monkeypatch.setattr(interface, "_flash_attn_bwd", lambda q, k, v, out, grad, lse, causal, deterministic: None)
+    attention(*drawn())
+    assert asked == []
+    (line,) = told
+    assert "does not load (TypeError: missing a required argument: 'grad')" in line
+
+
+def test_it_begins_without_torchs_compiler() -> None:
+    program = """
+import sys, torch
+from pentode.ops import flash
+functions = flash.Functions(
+    lambda q, k, v, **_: (q.clone(), q.float().sum(-1).mT),
+    lambda q, k, v, dout, **_: (dout.clone(), k.clone(), v.clone()),
+)
+flash._functions[None] = functions
+q = torch.ones(1, 4, 2, 8, requires_grad=True)
+flash.flash_attention(q, q, q).sum().backward()
+print(sorted({"sympy", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("home", ["a folder", "a file", "said otherwise"])
