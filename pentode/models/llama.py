@@ -15,6 +15,7 @@ from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
+from pentode.ops.feed_forward import serves, swiglu_layer
 from pentode.ops.linear import Float8
 from pentode.ops.rope import frequencies, scale_llama3
 from pentode.parallel.loss import Vocab
@@ -27,10 +28,13 @@ class MLP(nn.Module):
     def __init__(self, c: LlamaConfig, place: Place) -> None:
         super().__init__()
         self.activation = c.hidden_act
+        self.may_fuse = c.hidden_act == "silu" and place.tp.size == 1 and place.float8 is None
         self.gate_up = ColumnLinear(c.width, (c.ffn_width, c.ffn_width), place=place)
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.may_fuse and serves(x, self.gate_up.weight):
+            return swiglu_layer(x, self.gate_up.weight, self.down.weight)
         return self.down(self.gate_up.gated(x, self.activation))
 
 

@@ -19,12 +19,13 @@ class Passes(NamedTuple):
     statistics  (logits, held) -> of each row the maximum, and the sum of exponentials below it.  # 2 x [n]
     gradient_   (logits, held, log_total, factor, hot, row): in place, logits become exp(logits - log_total) * factor,
                 less `hot` in the column `row`; log_total, factor, hot [n] and row [n] int64
-    total       (products, scale, dtype) -> the sum of a list of them in at least float32, times `scale` (0-d), in dtype
+    total_      (products, scale, into, add): in at least float32, the sum of a list of them times `scale` (0-d) is
+                written into a tensor of their shape, or added to it
     """
 
     statistics: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     gradient_: Callable[[Tensor, int, Tensor, Tensor, Tensor, Tensor], None]
-    total: Callable[[list[Tensor], Tensor, torch.dtype], Tensor]
+    total_: Callable[[list[Tensor], Tensor, Tensor, bool], None]
 
 
 def _statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
@@ -51,17 +52,18 @@ def _gradient_to_compile_(
     logits.copy_(torch.where(column < held, grad, 0))
 
 
-def _total(products: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _total_(products: list[Tensor], scale: Tensor, into: Tensor, add: bool) -> None:
     first, *others = products
     total = _wide(first)
     for product in others:
         total = total + _wide(product)
-    return (total * scale).to(dtype)
+    total = total * scale
+    into.copy_(into + total if add else total)
 
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-PLAIN = Passes(_statistics, _gradient_, _total)
-TO_COMPILE = Passes(_statistics, _gradient_to_compile_, _total)
+PLAIN = Passes(_statistics, _gradient_, _total_)
+TO_COMPILE = Passes(_statistics, _gradient_to_compile_, _total_)

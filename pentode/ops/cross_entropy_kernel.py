@@ -71,6 +71,7 @@ def _total(
     total: tl.tensor,
     N: tl.tensor,
     COUNT: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -84,7 +85,10 @@ def _total(
         found += tl.load(d + at, mask=inside).to(tl.float32)
     if COUNT > 4:
         found += tl.load(e + at, mask=inside).to(tl.float32)
-    tl.store(total + at, (found * tl.load(scale)).to(total.dtype.element_ty), mask=inside)
+    found *= tl.load(scale)
+    if ADD:
+        found += tl.load(total + at, mask=inside).to(tl.float32)
+    tl.store(total + at, found.to(total.dtype.element_ty), mask=inside)
 
 
 def statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:
@@ -101,14 +105,12 @@ def gradient_(logits: Tensor, held: int, log_total: Tensor, factor: Tensor, hot:
     _gradient[(rows, triton.cdiv(V, BLOCK))](logits, log_total, factor, hot, row, V, held, BLOCK, num_warps=WARPS)
 
 
-def total(products: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `Passes.total`, for up to MOST_PRODUCTS contiguous products, likewise."""
+def total_(products: list[Tensor], scale: Tensor, into: Tensor, add: bool) -> None:
+    """As `Passes.total_`, for up to MOST_PRODUCTS products, contiguous as `into` is, likewise."""
     assert len(products) <= MOST_PRODUCTS, f"{len(products)} products to add at once"
-    found = torch.empty_like(products[0], dtype=dtype)
     operands = [*products, *[products[0]] * (MOST_PRODUCTS - len(products))]
-    grid = (triton.cdiv(found.numel(), BLOCK),)
-    _total[grid](*operands, scale, found, found.numel(), len(products), BLOCK, num_warps=WARPS)
-    return found
+    grid = (triton.cdiv(into.numel(), BLOCK),)
+    _total[grid](*operands, scale, into, into.numel(), len(products), add, BLOCK, num_warps=WARPS)
 
 
-PASSES = Passes(statistics, gradient_, total)
+PASSES = Passes(statistics, gradient_, total_)

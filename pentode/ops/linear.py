@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pentode import device as devices
+from pentode.ops import fused_products
 from pentode.ops.activation import gated, swiglu, swiglu_backward_measured
 from pentode.ops.float8 import E4M3, E5M2, scaled, scaled_both_ways
+from pentode.ops.gradient_sum import GradientSum
 
 Float8 = Literal["tensorwise", "rowwise"]
 MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies; `config/check_speed.py` refuses others
@@ -26,7 +28,8 @@ MULTIPLE = 16  # of which T, K and N must be, as the hardware multiplies; `confi
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Float8 | None = None) -> Tensor:
     """x [T, K] times weight [N, K] transposed, plus bias [N].  # [T, N]"""
     if float8 is None:
-        return F.linear(x, weight, bias)
+        found = fused_products.sum_for(x, weight) if bias is None else None
+        return F.linear(x, weight, bias) if found is None else _SummingLinear.apply(x, weight, found)
     product = _Tensorwise if float8 == "tensorwise" else _Rowwise
     y: Tensor = product.apply(x, weight)
     return y if bias is None else y + bias
@@ -37,6 +40,22 @@ def gated_linear(x: Tensor, weight: Tensor, activation: str, *, float8: Float8) 
     if float8 == "tensorwise" and activation == "silu" and devices.is_gpu(x.device):
         return _TensorwiseSwiGLU.apply(x, weight)
     return gated(linear(x, weight, float8=float8), activation)
+
+
+class _SummingLinear(torch.autograd.Function):
+    """x W^T, whose backward adds the weight's gradient to its sum as it is made."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, found: GradientSum) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.found = found
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return grad @ weight, fused_products.weight_gradient(grad, x.contiguous(), ctx.found), None
 
 
 class _Tensorwise(torch.autograd.Function):

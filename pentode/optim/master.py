@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pentode.dist.collectives import start_join_, start_sum_, start_sum_and_split_, sum_
 from pentode.dist.mesh import Axis
+from pentode.ops.gradient_sum import GradientSum, put_beside
 from pentode.optim.flat import Shard, alike, flatten
 from pentode.optim.groups import Group
 from pentode.optim.layout import Layout, block_of
@@ -54,7 +55,8 @@ class MasterWeights:
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
     is None again: the step's first micro-batch writes, later ones add. Those of up to TOGETHER
-    elements wait for each other, at most until their bucket is complete, and are moved by few calls. A larger one to
+    elements wait for each other, at most until their bucket is complete, and are moved by few calls. To a larger one
+    an operator may add in its own backward (`ops/gradient_sum.py`), so that there is nothing to move. A larger one to
     which nothing is added is not moved but kept until the next step begins: that saves a copy, and room while the next
     forward needs it. A bucket whose last gradient has arrived is reduced while backward goes on: all-reduced, or
     reduce-scattered under ZeRO-1, where the weights that other ranks stepped then come back bucket by bucket while the
@@ -104,6 +106,11 @@ class MasterWeights:
         self.shards, self._layouts, self._bucket_of = self._in_order()
         self._partial_gradients = [part for flat in self.flat for part in flat.partial_gradients()]
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._sums: dict[str, GradientSum] = {
+            name: put_beside(parameters[name], total)
+            for name, total in self.gradients.items()
+            if total.numel() > TOGETHER and total.dtype == torch.promote_types(total.dtype, torch.float32)
+        }
         self._arrivals = dict.fromkeys(parameters, 0)
         self._waiting: dict[str, Tensor] = {}  # gradients that are not in their places yet
         self._waiting_elements = 0
@@ -141,6 +148,8 @@ class MasterWeights:
         self._arrivals = dict.fromkeys(self._arrivals, 0)
         self._forget_waiting()
         self._started = 0
+        for found in self._sums.values():
+            found.begun = False
         for name, shard in self._unmoved.items():
             shard.gradient = shard.gradient.new_empty(0)
             self.gradients.pop(name, None)
@@ -227,12 +236,12 @@ class MasterWeights:
             if gradient is None:  # the hook fires for a gradient that is None, too
                 if count == 1:
                     self._receive_nothing(name)
+            elif name in self._sums:
+                move([self.gradients[name]], [gradient], add=self._sums[name].begin())
             elif name in self._unmoved:
                 self._keep(name, gradient)
-            elif gradient.numel() <= TOGETHER:
-                self._wait(name, gradient, add=count > 1)
             else:
-                move([self.gradients[name]], [gradient], add=count > 1)
+                self._wait(name, gradient, add=count > 1)
             parameter.grad = None
             if count == expected:
                 bucket.missing -= 1
@@ -262,10 +271,10 @@ class MasterWeights:
         self._waiting_elements = 0
 
     def _receive_nothing(self, name: str) -> None:
-        """Have zeros where a parameter got no gradient."""
+        """Have zeros where a parameter got no gradient, and nothing has added to its sum."""
         if name in self._unmoved:
             self._keep(name, torch.zeros_like(self._unmoved[name].model).view(self.shapes[name]))
-        else:
+        elif name not in self._sums or not self._sums[name].begin():
             self.gradients[name].zero_()
 
     def _keep(self, name: str, gradient: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
 from pentode.ops.cross_entropy import MOST_PRODUCTS, PLAIN, Passes
+from pentode.ops.gradient_sum import sum_of
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
@@ -63,8 +64,9 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
         backward  nothing: forward has made the gradients, and backward scales them
         gradient  of weight: complete for the rows held here; of x: partial over tp, summed by the layer that made x
                   (`Place.enter`)
-    Keeps the gradients of x and weight from forward to backward, in place of the logits. `z_loss` adds that much of
-    each valid token's squared log-sum-exp, which keeps the logits from drifting (arXiv:2204.02311, section 5).
+    Keeps the gradients of x and weight from forward to backward, in place of the logits; the weight's is added to its
+    sum, where there is one. `z_loss` adds that much of each valid token's squared log-sum-exp, which keeps the logits
+    from drifting (arXiv:2204.02311, section 5).
     """
     if torch.is_grad_enabled():
         return _VocabLoss.apply(x, weight, labels, vocab, z_loss)
@@ -88,16 +90,22 @@ class _VocabLoss(torch.autograd.Function):
             products.append(grad.T @ x[rows])
             del logits, grad  # before the next slice's are made
             if len(products) == MOST_PRODUCTS:
-                wide = torch.promote_types(x.dtype, torch.float32)
-                products = [vocab.passes.total(products, torch.ones_like(losses[0]), wide)]
+                total = torch.empty_like(products[0], dtype=torch.promote_types(x.dtype, torch.float32))
+                vocab.passes.total_(products, torch.ones_like(losses[0]), total, False)
+                products = [total]
         ctx.save_for_backward(grad_x, *products)
-        ctx.passes = vocab.passes
+        ctx.passes, ctx.sum = vocab.passes, sum_of(weight)
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *products = ctx.saved_tensors
-        return grad_x * grad, ctx.passes.total(products, grad, grad_x.dtype), None, None, None
+        if ctx.sum is not None:
+            ctx.passes.total_(products, grad, ctx.sum.total, ctx.sum.begin())
+            return grad_x * grad, None, None, None, None
+        grad_weight = torch.empty_like(products[0], dtype=grad_x.dtype)
+        ctx.passes.total_(products, grad, grad_weight, False)
+        return grad_x * grad, grad_weight, None, None, None
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:

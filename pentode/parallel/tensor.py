@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
 from pentode.ops.activation import gated
+from pentode.ops.embedding import embedding
 from pentode.ops.linear import Float8, gated_linear, linear
 from pentode.parallel import tensor_overlap
 from pentode.parallel.spec import Cut, Init, ParamSpec, parameter
@@ -241,8 +241,8 @@ class VocabEmbedding(VocabTable):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.place.tp.size == 1:
-            return F.embedding(tokens, self.weight)  # no token is elsewhere, so none need be masked
+            return embedding(tokens, self.weight)  # no token is elsewhere, so none need be masked
         rows = tokens - self.place.tp.rank * self.weight.shape[0]
         here = (rows >= 0) & (rows < self.weight.shape[0])
-        y = F.embedding(rows.where(here, 0), self.weight) * here[:, None]
+        y = embedding(rows.where(here, 0), self.weight) * here[:, None]
         return self.place.leave(y)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pentode import device as devices
 from pentode import log
 from pentode.errors import ConfigError
-from pentode.ops import flash
+from pentode.ops import flash, fused_products
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
 from pentode.train.step import StepResult, at_once, train_step
@@ -99,10 +99,10 @@ class Steps:
                 self._recorded, self._asked = None, "off"
 
     def _is_small(self) -> bool:
-        """Whether the memory is there, and the host may be waited for: where FlashAttention-4 serves, it is not."""
+        """Whether the memory is there, and the host may be waited for: where attention or products are large, not."""
         peak, device = devices.memory(self.run.device).peak_allocated, self.run.device
         room = min(devices.total_memory(device) / 2, devices.free_memory(device))
-        return peak < room and not flash.is_loaded(device)
+        return peak < room and not flash.is_loaded(device) and not fused_products.is_loaded(device)
 
     def _try_to_record(self, batches: Sequence[Batch]) -> _Recorded | None:
         """A recorded step; None where it cannot be and need not: recording does nothing, so nothing is lost."""

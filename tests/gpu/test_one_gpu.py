@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from pentode.ops import flash
+from pentode.ops import flash, fused_products
+from pentode.optim import master
 from tests.helpers.overfit import TOLERANCES, Found, Layout, furthest, overfit
 from tests.helpers.world import World
 
@@ -55,4 +56,39 @@ def test_flash_attention_has_the_gradient_norms_of_torchs(how: str, recompute: b
     found = WORLD.run(overfit_with_flash, 1, layout=Layout(compile=how, recompute=recompute), **arguments)[0]
     worst = furthest(plain, found)
     print(f"flash | {how} | {recompute} | loss {found.losses[0]:.3f} -> {found.losses[-1]:.3f} | {worst}")
+    assert worst[0] < TOLERANCES["bfloat16"]
+
+
+def overfit_with_fused_products(**arguments: Any) -> Found:
+    """`overfit`, with products by quack-kernels however small they are, and all gradients added in sums."""
+    device = torch.device("cuda", 0)
+    assert fused_products.is_usable(device)
+    before = fused_products.LARGE, master.TOGETHER, fused_products._functions[0]
+    calls = list[str]()
+
+    def noted(name: str) -> Any:
+        def call(*operands: Any, **options: Any) -> Any:
+            calls.append(f"{name}{' added' * bool(options.get('add_to_output'))}")
+            return getattr(before[2], name)(*operands, **options)
+
+        return call
+
+    fused_products.LARGE, master.TOGETHER = 0, 0
+    fused_products._functions[0] = fused_products.Functions(*map(noted, fused_products.Functions._fields))
+    try:
+        return overfit(**arguments)
+    finally:
+        fused_products.LARGE, master.TOGETHER, fused_products._functions[0] = before
+        assert {"gated", "gated_backward", "product added"} <= set(calls), "they were not asked"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_products_with_what_follows_have_the_gradient_norms_of_torchs(recompute: bool) -> None:
+    if not fused_products.is_usable(torch.device("cuda", 0)):
+        pytest.skip("quack-kernels is not installed, or not for this GPU")
+    arguments = {"model": "llama", "dtype": "bfloat16"}
+    plain = WORLD.run(overfit, 1, layout=Layout(compile="off"), **arguments)[0]
+    found = WORLD.run(overfit_with_fused_products, 1, layout=Layout(recompute=recompute), **arguments)[0]
+    worst = furthest(plain, found)
+    print(f"products | {recompute} | loss {found.losses[0]:.3f} -> {found.losses[-1]:.3f} | {worst}")
     assert worst[0] < TOLERANCES["bfloat16"]

@@ -97,15 +97,17 @@ def test_the_gradient_of_logits(rows: int, held: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("count", range(1, MOST_PRODUCTS + 1))
-def test_products_are_added_up(count: int, dtype: torch.dtype) -> None:
+def test_products_are_added_up(count: int, add: bool, dtype: torch.dtype) -> None:
     from pentode.ops.cross_entropy_kernel import PASSES
 
     products = [drawn(70, 51, dtype=dtype, seed=seed) for seed in range(count)]
     products[0] = products[0].float()  # what was added up before
     scale = torch.tensor(0.3, device="cuda")
-    got, want = (passes.total(products, scale, dtype) for passes in (PASSES, PLAIN))
-    assert got.dtype == dtype
+    got, want = (drawn(70, 51, dtype=dtype, seed=9) if add else drawn(70, 51, dtype=dtype) * torch.nan for _ in "ab")
+    PASSES.total_(products, scale, got, add)
+    PLAIN.total_(products, scale, want, add)
     torch.testing.assert_close(got, want)
 
 

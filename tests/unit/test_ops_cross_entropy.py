@@ -90,15 +90,17 @@ def test_compiled_passes_are_the_plain_ones(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_products_are_added_up_in_float32_and_rounded_once(dtype: torch.dtype, compiled: bool) -> None:
-    total = torch.compile(TO_COMPILE.total, fullgraph=True) if compiled else PLAIN.total
+def test_products_are_added_up_in_float32_and_rounded_once(dtype: torch.dtype, add: bool, compiled: bool) -> None:
+    total_ = torch.compile(TO_COMPILE.total_, fullgraph=True) if compiled else PLAIN.total_
     wide = torch.promote_types(dtype, torch.float32)
     products = [torch.randn(7, 5).to(dtype) for _ in range(3)]
+    got = torch.randn(7, 5).to(dtype) if add else torch.full((7, 5), torch.nan, dtype=dtype)
     scale = torch.tensor(0.3, dtype=wide)
-    want = (torch.stack(products).to(wide).sum(dim=0) * scale).to(dtype)
-    got = total(products, scale, dtype)
-    assert got.dtype == dtype
+    want = torch.stack(products).to(wide).sum(dim=0) * scale
+    want = (want + got if add else want).to(dtype)
+    total_(products, scale, got, add)
     torch.testing.assert_close(
         got, want, rtol=0 if dtype == torch.bfloat16 else None, atol=0 if dtype == torch.bfloat16 else None
     )

@@ -1,0 +1,50 @@
+"""A feed-forward layer gated by SwiGLU (arXiv:2002.05202), whole, where its products do what follows them."""
+
+# An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pentode.ops import fused_products
+from pentode.ops.gradient_sum import sum_of
+
+
+def serves(x: Tensor, gate_up: Tensor) -> bool:
+    """Whether `swiglu_layer` is to do the layer, of x [T, K] and gate_up [2F, K], whose backward is to come."""
+    return torch.is_grad_enabled() and fused_products.serve(x, gate_up)
+
+
+def swiglu_layer(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """(silu(gate) * up) down^T, of [gate, up] = x gate_up^T.
+
+    x        [T, K]
+    gate_up  [2F, K]; down [K, F]
+    y        [T, K]
+
+    Keeps x, gate and up; silu(gate) * up is had again in backward, by the product that makes the gradient of both.
+    """
+    return _SwiGLULayer.apply(x, gate_up, down)
+
+
+class _SwiGLULayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        x = x.contiguous()
+        in_turn, y = fused_products.swiglu(x, gate_up)
+        ctx.save_for_backward(x, gate_up, down, in_turn)
+        ctx.sums = sum_of(gate_up), sum_of(down)  # not in backward: of what is recomputed, tensors come without it
+        return F.linear(y, down)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, in_turn = ctx.saved_tensors
+        sum_of_gate_up, sum_of_down = ctx.sums
+        grad = grad.contiguous()
+        grad_in_turn, y = fused_products.swiglu_backward(grad, down, in_turn)
+        grad_down = fused_products.weight_gradient(grad, y, sum_of_down)
+        del y
+        grad_gate_up = fused_products.weight_gradient(grad_in_turn, x, sum_of_gate_up, in_turn=True)
+        return fused_products.swiglu_input_gradient(grad_in_turn, gate_up), grad_gate_up, grad_down

@@ -1,0 +1,174 @@
+"""Products with what follows them in the same kernel, by the package quack-kernels, where it is installed.
+
+SwiGLU and its backward are done on what a product has just made, and a weight's gradient is added to the sum of the
+micro-batches where it is made: none of that is written to memory to be read again. On Hopper, for bfloat16 and large
+operands; elsewhere torch multiplies, and kernels of ours do the rest (docs/performance.md).
+
+T tokens, K input and N output features, F features of a feed-forward layer. "In turn" are gate 0, up 0, gate 1, up 1...
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pentode import device as devices
+from pentode import log
+from pentode.ops.gradient_sum import GradientSum, sum_of
+
+GENERATION = 9  # of NVIDIA's GPUs: the tiles below were chosen on Hopper
+LARGE = 1e11  # multiplications of a product from which it is done so: its launch takes the host longer than torch's
+MULTIPLE = 8  # of numbers in a row, which are then 16 bytes
+FORWARD = (128, 192, 2, 1, True)  # rows and columns of a tile, clusters of tiles, two tiles of a processor in turn
+BACKWARD = (128, 192, 2, 1, True)
+BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where what follows takes longer than so short a product
+NARROW = 4096  # input features below which a product is short
+TILES = ((256, 128, 1, 2, False), (256, 192, 2, 1, False))  # of products that nothing follows
+
+
+class Functions(NamedTuple):
+    """The package's.
+
+    gated           (A, B, ...) -> A B, and SwiGLU of it
+    gated_backward  (A, B, PreAct, ...) -> SwiGLU's gradient, of A B, and SwiGLU, of what it was applied to
+    product         (A, B, out, ...): A B is written to `out`, or added to it
+    tiles           (*numbers as above) -> how it is to be cut, for the other three
+    """
+
+    gated: Callable[..., tuple[Tensor, Tensor]]
+    gated_backward: Callable[..., tuple[Tensor, Tensor]]
+    product: Callable[..., object]
+    tiles: Callable[..., Any]
+
+
+_functions: dict[int | None, Functions | None] = {}  # by the device's number
+
+
+def is_loaded(device: torch.device) -> bool:
+    """Whether something was large enough for them on this GPU, and they are usable."""
+    return _functions.get(device.index) is not None
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the package is installed, works, and its kernels are for this GPU."""
+    if device.index not in _functions:
+        _functions[device.index] = _load(device)
+    return is_loaded(device)
+
+
+def serve(x: Tensor, weight: Tensor) -> bool:
+    """Whether they are to do the products of x [T, K] and weight [N, K]. What torch compiles has none."""
+    if not devices.runs_kernels(x) or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return False
+    (T, K), N = x.shape, weight.shape[0]
+    return T * K * N >= LARGE and not any(size % MULTIPLE for size in (T, K, N)) and is_usable(x.device)
+
+
+def sum_for(x: Tensor, weight: Tensor) -> GradientSum | None:
+    """The sum that backward is to add this weight's gradient to; None where it has none, or torch makes it."""
+    found = None if torch.compiler.is_compiling() else sum_of(weight)
+    return found if found is not None and serve(x, weight) else None
+
+
+def swiglu(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """gate and up in turn, [T, 2F], of x [T, K] and gate_up [2F, K]; and silu(gate) * up, [T, F]."""
+    of = _of(x)
+    return of.gated(x, gate_up.t(), activation="swiglu", tuned=False, config=of.tiles(*FORWARD), concat_layout=("B",))
+
+
+def swiglu_backward(grad: Tensor, down: Tensor, in_turn: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of gate and up in turn, [T, 2F], from that of down(silu(gate) * up), [T, K], down [K, F].
+
+    And silu(gate) * up once more, [T, F].
+    """
+    of = _of(grad)
+    tiles = of.tiles(*(BACKWARD if grad.shape[1] >= NARROW else BACKWARD_OF_NARROW))
+    return of.gated_backward(
+        grad, down, in_turn, activation="swiglu", tuned=False, config=tiles, dynamic_scheduler=False
+    )
+
+
+def swiglu_input_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of x [T, K], from that of gate and up in turn [T, 2F], with gate_up [2F, K]."""
+    found = grad.new_empty(grad.shape[0], gate_up.shape[1])
+    _product(grad, gate_up, found, concat_layout=("B",))
+    return found
+
+
+def weight_gradient(grad: Tensor, x: Tensor, found: GradientSum | None, *, in_turn: bool = False) -> Tensor | None:
+    """The gradient of a weight [N, K], of grad [T, N] and x [T, K]: added to its sum, or where it has none given back.
+
+    `in_turn` are the columns of grad, for a weight whose rows are gate's before up's.
+    """
+    halves = {"concat_layout": ("out",)} if in_turn else {}
+    if found is not None:
+        _product(grad.t(), x, found.total, add_to_output=found.begin(), **halves)
+        return None
+    gradient = x.new_empty(grad.shape[1], x.shape[1])
+    _product(grad.t(), x, gradient, **halves)
+    return gradient
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, **options: Any) -> None:
+    of, (rows, columns) = _of(a), out.shape
+    of.product(a, b, out, config=of.tiles(*_best(rows, columns, devices.multiprocessors(a.device))), **options)
+
+
+def _best(rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int, int, bool]:
+    """The tiles by which a result is made soonest: all multiprocessors make one of them at a time, in so many turns."""
+
+    def time(tile: tuple[int, int, int, int, bool]) -> int:
+        high, wide, *_ = tile
+        tiles = -(-rows // high) * -(-columns // wide)
+        return -(-tiles // multiprocessors) * high * wide
+
+    return min(TILES, key=time)
+
+
+def _of(x: Tensor) -> Functions:
+    found = _functions[x.device.index]
+    assert found is not None, "they do not serve"
+    return found
+
+
+def _load(device: torch.device) -> Functions | None:
+    """The package's functions; None where it is not installed, does not work, or has none for this GPU."""
+    if devices.generation(device) != GENERATION:
+        return None
+    try:
+        from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
+        from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # noqa: BLE001 - whatever a package raises whose parts do not go with each other
+        if not (isinstance(error, ModuleNotFoundError) and str(error.name).startswith("quack")):
+            _tell(error)
+        return None
+
+    def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, in_turn: bool) -> Any:
+        return GemmConfig(
+            tile_m=rows,
+            tile_n=columns,
+            cluster_m=cluster_rows,
+            cluster_n=cluster_columns,
+            pingpong=in_turn,
+            is_dynamic_persistent=False,
+            device_capacity=GENERATION,
+        )
+
+    try:
+        found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
+        tiles(*FORWARD)
+        asked = dict.fromkeys(("activation", "tuned", "config"))
+        inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)  # raises where it takes others
+        inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
+        inspect.signature(found.product).bind(0, 0, 0, config=0, add_to_output=0, concat_layout=0)
+    except Exception as error:  # noqa: BLE001 - another version
+        _tell(error)
+        return None
+    log.info("Products with SwiGLU, and added gradients, by quack-kernels")
+    return found
+
+
+def _tell(error: Exception) -> None:
+    log.warning(f"quack-kernels is installed, but does not load ({type(error).__name__}: {error}); torch multiplies")

@@ -1,0 +1,231 @@
+"""Products with what follows them: which, on which GPU, by which tiles; and on a GPU, that they are the formula's."""
+
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pentode import device as devices
+from pentode.ops import fused_products
+from pentode.ops.activation import swiglu
+from pentode.ops.feed_forward import serves, swiglu_layer
+from pentode.ops.fused_products import TILES, _best
+from pentode.ops.gradient_sum import put_beside, sum_of
+from pentode.ops.linear import linear
+from tests.helpers import fused
+
+T, K, F = 48, 32, 24
+WIDE, TALL = TILES[1], TILES[0]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings, where a package in the real one's place is installed on what passes for a GPU of Hopper's."""
+    warnings: list[str] = []
+    config, interface = ModuleType("quack.gemm_config"), ModuleType("quack.gemm_interface")
+    vars(config).update(GemmConfig=lambda **numbers: numbers)
+    vars(interface).update(
+        gemm_act=lambda A, B, *, activation, tuned, config, concat_layout: None,
+        gemm_dact=lambda A, B, PreAct, *, activation, tuned, config, dynamic_scheduler: None,
+        gemm_tuned=SimpleNamespace(fn=lambda A, B, out, *, config, add_to_output=False, concat_layout=(): None),
+    )
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
+    monkeypatch.setattr(fused_products, "_functions", {})
+    monkeypatch.setattr(fused_products, "LARGE", T * K * F)
+    monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+    monkeypatch.setattr(devices, "generation", lambda device: 9)
+    monkeypatch.setattr("pentode.log.warning", warnings.append)
+    return warnings
+
+
+def operands(dtype: torch.dtype = torch.bfloat16, **changes: int) -> tuple[Tensor, Tensor]:
+    """x and a weight."""
+    sizes = {"T": T, "K": K, "N": F} | changes
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(sizes[n], sizes["K"], generator=generator).to(dtype) for n in "TN")
+    return x, weight
+
+
+@pytest.mark.usefixtures("told")
+def test_they_do_what_is_large_in_bfloat16() -> None:
+    assert fused_products.serve(*operands())
+    assert fused_products.is_loaded(torch.device("cpu"))
+    assert serves(*operands())
+    with torch.no_grad():
+        assert not serves(*operands()), "no backward is to come"
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": torch.float32}, {"dtype": torch.float64}, {"T": 44}, {"T": 52}, {"K": 36}, {"N": 28}],
+    ids=str,
+)
+def test_torch_does_the_rest(changes: dict[str, Any]) -> None:
+    assert not fused_products.serve(*operands(**changes))
+    assert not fused_products.is_loaded(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("told")
+def test_torch_does_what_is_compiled_or_to_be_done_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with devices.without_kernels():
+        assert not fused_products.serve(*operands())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fused_products.serve(*operands())
+    x, weight = operands()
+    put_beside(weight, weight.float())
+    assert fused_products.sum_for(x, weight) is None
+
+
+def test_another_gpu_has_torchs(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "generation", lambda device: 10)
+    assert not fused_products.serve(*operands())
+    assert told == []
+
+
+@pytest.mark.parametrize("lacking", ["quack", "cutlass"])
+def test_a_package_that_is_missing_or_broken_leaves_it_to_torch(
+    told: list[str], monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    if lacking == "quack":
+        monkeypatch.setitem(sys.modules, "quack.gemm_config", None)
+    else:
+        monkeypatch.delattr(sys.modules["quack.gemm_interface"], "gemm_dact")
+    assert not fused_products.serve(*operands())
+    assert len(told) == (lacking != "quack")
+    assert all("quack-kernels is installed, but does not load (ImportError: cannot import" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("gemm_act", lambda A, B, *, activation, tuned, config: None),
+        ("gemm_dact", lambda A, B, *, activation, tuned, config: None),
+        ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, *, config: None)),
+        ("gemm_tuned", lambda A, B, out, *, config, add_to_output=False, concat_layout=(): None),
+    ],
+)
+def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
+    told: list[str], monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    monkeypatch.setattr(sys.modules["quack.gemm_interface"], name, other)
+    assert not fused_products.serve(*operands())
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "want"),  # the faster one on an H100, 2026-11-27
+    [
+        (28672, 4096, TALL),
+        (4096, 14336, TALL),
+        (6144, 4096, TALL),
+        (4096, 4096, TALL),
+        (128256, 4096, TALL),
+        (16384, 4096, TALL),
+        (16384, 2048, TALL),
+        (2048, 8192, TALL),
+        (3072, 2048, WIDE),
+        (2048, 2048, TALL),
+        (32768, 2048, TALL),
+    ],
+)
+def test_tiles_are_those_that_were_measured_to_be_faster(rows: int, columns: int, want: tuple[int, ...]) -> None:
+    assert _best(rows, columns, 132) == want
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, recompute: bool) -> None:
+    x, gate_up, down = drawn(T, K, seed=0), drawn(2 * F, K, seed=1) / 6, drawn(K, F, seed=2) / 6
+    leaves = [t.requires_grad_() for t in (x, gate_up, down)]
+    grads = drawn(T, K, seed=3), drawn(T, K, seed=4)
+    want = swiglu(x @ gate_up.T) @ down.T
+    (want_x, *want_weights) = torch.autograd.grad(want, leaves, grads[0] + grads[1], retain_graph=True)
+    totals = [put_beside(t, torch.full_like(t, torch.nan)).total for t in (gate_up, down)] if summed else []
+    calls: list[str] = []
+    with fused.served(calls):
+        for grad in grads:  # two micro-batches
+            y = checkpoint(swiglu_layer, *leaves, use_reentrant=False) if recompute else swiglu_layer(*leaves)
+            assert y is not None
+            torch.testing.assert_close(y, want)
+            y.backward(grad)
+    torch.testing.assert_close(x.grad, want_x)
+    for weight, total, right in zip((gate_up, down), totals or (None, None), want_weights, strict=True):
+        assert (weight.grad is None) == summed
+        torch.testing.assert_close(weight.grad if total is None else total, right)
+    assert calls.count("product added") == (2 if summed else 0)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_linear_layer_adds_to_its_weights_sum(served: bool) -> None:
+    x, weight, grad = drawn(T, K, seed=0).requires_grad_(), drawn(F, K, seed=1).requires_grad_(), drawn(T, F, seed=2)
+    total = put_beside(weight, drawn(F, K, seed=3)).total
+    found = sum_of(weight)
+    assert found is not None
+    found.begun = True
+    before = total.clone()
+    if not served:
+        linear(x, weight).backward(grad)
+        torch.testing.assert_close(weight.grad, grad.T @ x.detach())
+        assert torch.equal(total, before), "autograd has the gradient, and gives it to the optimizer"
+        return
+    with fused.served([]):
+        linear(x, weight).backward(grad)
+    assert weight.grad is None
+    torch.testing.assert_close(total, before + grad.T @ x.detach())
+    torch.testing.assert_close(x.grad, grad @ weight.detach())
+
+
+def test_asking_for_them_imports_nothing_without_a_gpu() -> None:
+    program = """
+import sys, torch
+from pentode.ops import fused_products
+weight = torch.ones(8, 8, dtype=torch.bfloat16)
+assert not fused_products.serve(weight, weight)
+print(sorted({"quack", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(("T", "K", "F"), [(512, 256, 384), (1000, 4096, 776), (264, 136, 200)])
+def test_a_layer_on_a_gpu_is_the_formulas(
+    T: int, K: int, F: int, summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 0)
+    if not fused_products.is_usable(device):
+        pytest.skip("quack-kernels is not installed, or not for this GPU")
+    monkeypatch.setattr(fused_products, "LARGE", 0)
+    wide = [drawn(T, K, seed=0), drawn(2 * F, K, seed=1) / K**0.5, drawn(K, F, seed=2) / F**0.5]
+    narrow = [t.bfloat16().to(device).requires_grad_() for t in wide]
+    wide = [t.detach().double().requires_grad_() for t in narrow]
+    grad = drawn(T, K, seed=3).bfloat16().to(device)
+    (swiglu(wide[0] @ wide[1].T) @ wide[2].T).backward(2 * grad.double())
+    totals = [put_beside(t, torch.full_like(t, torch.nan, dtype=torch.float32)).total for t in narrow[1:]]
+    if not summed:
+        for weight in narrow[1:]:
+            del weight.gradient_sum  # pyright: ignore[reportAttributeAccessIssue]
+    assert serves(*narrow[:2])
+    for _ in range(2):
+        swiglu_layer(*narrow).backward(grad)
+    found = [narrow[0].grad, *(totals if summed else (t.grad for t in narrow[1:]))]
+    for got, want in zip(found, wide, strict=True):
+        assert got is not None
+        assert want.grad is not None
+        error = (got.double() - want.grad).norm() / want.grad.norm()
+        assert error < 6e-3, error
+        lines = (got.double() - want.grad).norm(dim=1) / want.grad.norm(dim=1)
+        assert lines.max() < 2e-2, "a row is wrong"
