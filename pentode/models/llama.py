@@ -23,7 +23,7 @@ from pentode.parallel.tensor import ColumnLinear, Place, RowLinear, VocabEmbeddi
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up in one fused layer."""
+    """onto + down(silu(gate(x)) * up(x)), with gate and up in one fused layer."""
 
     def __init__(self, c: LlamaConfig, place: Place) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class MLP(nn.Module):
         self.gate_up = ColumnLinear(c.width, (c.ffn_width, c.ffn_width), place=place)
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, onto: Tensor) -> Tensor:
         if self.may_fuse and serves(x, self.gate_up.weight):
-            return swiglu_layer(x, self.gate_up.weight, self.down.weight)
-        return self.down(self.gate_up.gated(x, self.activation))
+            return swiglu_layer(x, self.gate_up.weight, self.down.weight, onto=onto)
+        return onto + self.down(self.gate_up.gated(x, self.activation))
 
 
 class Block(nn.Module):
@@ -58,7 +58,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:  # [T, D]
         x, normed = self.attn_norm.beside(x)
         x, normed = self.mlp_norm.beside(x, self.attn(normed, shared, cache))
-        return x + self.mlp(normed)
+        return self.mlp(normed, onto=x)
 
 
 def build(

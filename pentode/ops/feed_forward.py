@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -17,26 +16,26 @@ def serves(x: Tensor, gate_up: Tensor) -> bool:
     return torch.is_grad_enabled() and fused_products.serve(x, gate_up)
 
 
-def swiglu_layer(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(silu(gate) * up) down^T, of [gate, up] = x gate_up^T.
+def swiglu_layer(x: Tensor, gate_up: Tensor, down: Tensor, *, onto: Tensor) -> Tensor:
+    """onto + (silu(gate) * up) down^T, of [gate, up] = x gate_up^T.
 
-    x        [T, K]
+    x, onto  [T, K]
     gate_up  [2F, K]; down [K, F]
     y        [T, K]
 
     Keeps x, gate and up; silu(gate) * up is had again in backward, by the product that makes the gradient of both.
     """
-    return _SwiGLULayer.apply(x, gate_up, down)
+    return _SwiGLULayer.apply(x, gate_up, down, onto)
 
 
 class _SwiGLULayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, gate_up: Tensor, down: Tensor, onto: Tensor) -> Tensor:
         x = x.contiguous()
         in_turn, y = fused_products.swiglu(x, gate_up)
         ctx.save_for_backward(x, gate_up, down, in_turn)
         ctx.sums = sum_of(gate_up), sum_of(down)  # not in backward: of what is recomputed, tensors come without it
-        return F.linear(y, down)
+        return fused_products.linear_onto(onto.contiguous(), y, down)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,4 +46,4 @@ class _SwiGLULayer(torch.autograd.Function):
         grad_down = fused_products.weight_gradient(grad, y, sum_of_down)
         del y
         grad_gate_up = fused_products.weight_gradient(grad_in_turn, x, sum_of_gate_up, in_turn=True)
-        return fused_products.swiglu_input_gradient(grad_in_turn, gate_up), grad_gate_up, grad_down
+        return fused_products.swiglu_input_gradient(grad_in_turn, gate_up), grad_gate_up, grad_down, grad

@@ -33,7 +33,7 @@ class Functions(NamedTuple):
 
     gated           (A, B, ...) -> A B, and SwiGLU of it
     gated_backward  (A, B, PreAct, ...) -> SwiGLU's gradient, of A B, and SwiGLU, of what it was applied to
-    product         (A, B, out, ...): A B is written to `out`, or added to it
+    product         (A, B, out, C=None, ...): A B is written to `out`, or added to it; or A B + C is written
     tiles           (*numbers as above) -> how it is to be cut, for the other three
     """
 
@@ -76,6 +76,13 @@ def swiglu(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """gate and up in turn, [T, 2F], of x [T, K] and gate_up [2F, K]; and silu(gate) * up, [T, F]."""
     of = _of(x)
     return of.gated(x, gate_up.t(), activation="swiglu", tuned=False, config=of.tiles(*FORWARD), concat_layout=("B",))
+
+
+def linear_onto(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """stream [T, N] + x [T, K] weight [N, K]^T, rounded once."""
+    found = torch.empty_like(stream)
+    _product(x, weight.t(), found, C=stream)
+    return found
 
 
 def swiglu_backward(grad: Tensor, down: Tensor, in_turn: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +169,7 @@ def _load(device: torch.device) -> Functions | None:
         asked = dict.fromkeys(("activation", "tuned", "config"))
         inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)  # raises where it takes others
         inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
-        inspect.signature(found.product).bind(0, 0, 0, config=0, add_to_output=0, concat_layout=0)
+        inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
     except Exception as error:  # noqa: BLE001 - another version
         _tell(error)
         return None

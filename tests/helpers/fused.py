@@ -44,6 +44,7 @@ def product(
     a: Tensor,
     b: Tensor,
     out: Tensor,
+    C: Tensor | None = None,
     *,
     config: object,
     add_to_output: bool = False,
@@ -51,7 +52,7 @@ def product(
 ) -> None:
     found = a @ (in_turn(b, 0) if "B" in concat_layout else b)
     found = halves(found, 0) if "out" in concat_layout else found
-    out.copy_(out + found if add_to_output else found)
+    out.copy_(found + (out if add_to_output else 0 if C is None else C))
 
 
 PLAIN = Functions(gated, gated_backward, product, lambda *numbers: numbers)

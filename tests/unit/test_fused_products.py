@@ -32,7 +32,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     vars(interface).update(
         gemm_act=lambda A, B, *, activation, tuned, config, concat_layout: None,
         gemm_dact=lambda A, B, PreAct, *, activation, tuned, config, dynamic_scheduler: None,
-        gemm_tuned=SimpleNamespace(fn=lambda A, B, out, *, config, add_to_output=False, concat_layout=(): None),
+        gemm_tuned=SimpleNamespace(fn=lambda A, B, out, C=None, *, config, add_to_output=False, concat_layout=(): None),
     )
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
@@ -108,8 +108,8 @@ def test_a_package_that_is_missing_or_broken_leaves_it_to_torch(
     [
         ("gemm_act", lambda A, B, *, activation, tuned, config: None),
         ("gemm_dact", lambda A, B, *, activation, tuned, config: None),
-        ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, *, config: None)),
-        ("gemm_tuned", lambda A, B, out, *, config, add_to_output=False, concat_layout=(): None),
+        ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, C=None, *, config: None)),
+        ("gemm_tuned", lambda A, B, out, C=None, *, config, add_to_output=False, concat_layout=(): None),
     ],
 )
 def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
@@ -148,19 +148,24 @@ def drawn(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, recompute: bool) -> None:
     x, gate_up, down = drawn(T, K, seed=0), drawn(2 * F, K, seed=1) / 6, drawn(K, F, seed=2) / 6
-    leaves = [t.requires_grad_() for t in (x, gate_up, down)]
-    grads = drawn(T, K, seed=3), drawn(T, K, seed=4)
-    want = swiglu(x @ gate_up.T) @ down.T
-    (want_x, *want_weights) = torch.autograd.grad(want, leaves, grads[0] + grads[1], retain_graph=True)
+    leaves = [t.requires_grad_() for t in (x, gate_up, down, drawn(T, K, seed=5))]
+    stream, grads = leaves[3], (drawn(T, K, seed=3), drawn(T, K, seed=4))
+    want = stream + swiglu(x @ gate_up.T) @ down.T
+    (want_x, *want_weights, want_stream) = torch.autograd.grad(want, leaves, grads[0] + grads[1], retain_graph=True)
     totals = [put_beside(t, torch.full_like(t, torch.nan)).total for t in (gate_up, down)] if summed else []
     calls: list[str] = []
     with fused.served(calls):
         for grad in grads:  # two micro-batches
-            y = checkpoint(swiglu_layer, *leaves, use_reentrant=False) if recompute else swiglu_layer(*leaves)
-            assert y is not None
+            operands = leaves[:3]
+            if recompute:
+                y = checkpoint(swiglu_layer, *operands, onto=stream, use_reentrant=False)
+                assert y is not None
+            else:
+                y = swiglu_layer(*operands, onto=stream)
             torch.testing.assert_close(y, want)
             y.backward(grad)
     torch.testing.assert_close(x.grad, want_x)
+    torch.testing.assert_close(stream.grad, want_stream)
     for weight, total, right in zip((gate_up, down), totals or (None, None), want_weights, strict=True):
         assert (weight.grad is None) == summed
         torch.testing.assert_close(weight.grad if total is None else total, right)
@@ -213,14 +218,19 @@ def test_a_layer_on_a_gpu_is_the_formulas(
     narrow = [t.bfloat16().to(device).requires_grad_() for t in wide]
     wide = [t.detach().double().requires_grad_() for t in narrow]
     grad = drawn(T, K, seed=3).bfloat16().to(device)
-    (swiglu(wide[0] @ wide[1].T) @ wide[2].T).backward(2 * grad.double())
+    stream = drawn(T, K, seed=4).bfloat16().to(device)
+    want_y = stream.double() + swiglu(wide[0] @ wide[1].T) @ wide[2].T
+    want_y.backward(2 * grad.double())
     totals = [put_beside(t, torch.full_like(t, torch.nan, dtype=torch.float32)).total for t in narrow[1:]]
     if not summed:
         for weight in narrow[1:]:
             del weight.gradient_sum  # pyright: ignore[reportAttributeAccessIssue]
     assert serves(*narrow[:2])
+    y = stream
     for _ in range(2):
-        swiglu_layer(*narrow).backward(grad)
+        y = swiglu_layer(*narrow, onto=stream)
+        y.backward(grad)
+    torch.testing.assert_close(y.double(), want_y, rtol=2e-2, atol=2e-2)
     found = [narrow[0].grad, *(totals if summed else (t.grad for t in narrow[1:]))]
     for got, want in zip(found, wide, strict=True):
         assert got is not None
