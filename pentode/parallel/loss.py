@@ -100,12 +100,9 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *products = ctx.saved_tensors
-        if ctx.sum is not None:
-            ctx.passes.total_(products, grad, ctx.sum.total, ctx.sum.begin())
-            return grad_x * grad, None, None, None, None
-        grad_weight = torch.empty_like(products[0], dtype=grad_x.dtype)
-        ctx.passes.total_(products, grad, grad_weight, False)
-        return grad_x * grad, grad_weight, None, None, None
+        grad_weight = torch.empty_like(products[0], dtype=grad_x.dtype) if ctx.sum is None else ctx.sum.total
+        ctx.passes.total_(products, grad, grad_weight, ctx.sum is not None and ctx.sum.begin())
+        return grad_x * grad, grad_weight if ctx.sum is None else None, None, None, None
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pentode import device as devices
 from pentode import log
-from pentode.ops import flash
+from pentode.ops import flash, fused_products
 from pentode.optim import fused
 from pentode.version import VERSION
 
@@ -23,7 +23,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "hf": ("transformers",),
     "s3": ("s3fs",),
-    "flash": ("flash-attn-4",),
+    "flash": ("flash-attn-4", "quack-kernels"),
 }
 SETTINGS = re.compile(
     r"^(CUDA|NCCL|TORCH|PYTORCH|HF|OMP|MKL|GLOO|SLURM|WANDB|AWS)_|^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_\w+)$"
@@ -89,12 +89,22 @@ def _flash_4(device: torch.device) -> None:
     flash.flash_attention(q, q, q).sum().backward()
 
 
+def _fused_products(device: torch.device) -> None:
+    if not devices.is_gpu(device):
+        raise RuntimeError("there is no GPU, for which they are")
+    x, weight = (torch.randn(rows, 128, device=device, dtype=torch.bfloat16) for rows in (256, 512))
+    if not fused_products.is_usable(device):
+        raise RuntimeError("quack-kernels is not installed, or not for this GPU")
+    fused_products.swiglu(x, weight)
+
+
 KERNELS: dict[str, Callable[[torch.device], None]] = {
     "attention math": _attention(SDPBackend.MATH),
     "attention flash": _attention(SDPBackend.FLASH_ATTENTION),
     "attention efficient": _attention(SDPBackend.EFFICIENT_ATTENTION),
     "attention cudnn": _attention(SDPBackend.CUDNN_ATTENTION),
     "FlashAttention-4": _flash_4,
+    "products with SwiGLU": _fused_products,
     "fused AdamW": _fused_adamw,
     "built by Triton": _triton,
 }
