@@ -1,0 +1,111 @@
+"""Operators that add to a weight's sum, beside autograd's own gradients of the same weight, micro-batch after batch."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pentode.dist.mesh import Axis
+from pentode.ops.embedding import embedding
+from pentode.ops.gradient_sum import sum_of
+from pentode.optim import master as master_module
+from pentode.optim.groups import Group
+from pentode.optim.master import MasterWeights
+from pentode.parallel.spec import ParamSpec, parameter
+
+V, D = 7, 5
+ROWS = torch.tensor([3, 0, 3, 6, 3])
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master_module, "TOGETHER", V * D - 1)
+
+
+def table(dtype: torch.dtype = torch.float64) -> nn.Parameter:
+    made = parameter(ParamSpec((V, D)), device=torch.device("cpu"), dtype=dtype)
+    nn.init.normal_(made, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def master_of(weight: nn.Parameter, *, accumulate_in: torch.dtype = torch.float32) -> MasterWeights:
+    return MasterWeights(
+        {"w": weight},
+        groups=[Group(("w",), 0.0)],
+        data=Axis("data"),
+        bucket_bytes=1 << 20,
+        accumulate_in=accumulate_in,
+    )
+
+
+def used(weight: Tensor, how: str) -> Tensor:
+    """What depends on a weight: by an operator that adds to its sum, by others, or by both."""
+    y = torch.zeros((), dtype=weight.dtype)
+    if how in ("sum", "both", "sum twice"):
+        y = y + embedding(ROWS, weight).square().sum()
+    if how == "sum twice":
+        y = y + embedding(ROWS.flip(0) // 2, weight).sin().sum()
+    if how in ("autograd", "both"):
+        y = y + (weight.exp() * torch.arange(D)).sum()
+    return y
+
+
+def step(master: MasterWeights, weight: nn.Parameter, micro_batches: list[str]) -> Tensor:
+    """The gradient of a step."""
+    master.start_step(len(micro_batches))
+    for how in micro_batches:
+        used(weight, how).backward()
+        assert weight.grad is None
+    master.finish_gradients()
+    return master.gradients["w"].clone()
+
+
+@pytest.mark.parametrize(
+    "micro_batches",
+    [
+        ["sum"],
+        ["both"],
+        ["sum twice", "sum"],
+        ["autograd", "sum"],
+        ["sum", "autograd", "both"],
+        ["both", "sum twice", "autograd"],
+    ],
+    ids=str,
+)
+def test_a_steps_gradient_is_autograds_whoever_makes_it(micro_batches: list[str]) -> None:
+    weight, plain = table(), table()
+    master = master_of(weight)
+    assert sum_of(weight) is not None
+    assert sum_of(plain) is None
+    (want,) = torch.autograd.grad(sum((used(plain, how) for how in micro_batches), torch.zeros(())), plain)
+    for _ in range(2):  # nothing of a step is left in the next
+        torch.testing.assert_close(step(master, weight, micro_batches), want)
+
+
+def test_a_step_that_nothing_adds_to_has_zeros() -> None:
+    weight = table()
+    master = master_of(weight)
+    assert step(master, weight, ["both"]).any()
+    master.start_step(1)
+    master.finish_gradients()
+    assert not master.gradients["w"].any()
+    assert master.missing() == ["w"]
+    master.start_step(2)
+    used(weight, "sum").backward()
+    master.finish_gradients()  # of two micro-batches only one has come
+    plain = table()
+    (want,) = torch.autograd.grad(used(plain, "sum"), plain)
+    torch.testing.assert_close(master.gradients["w"], want)
+
+
+def test_small_weights_and_narrow_sums_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = table(torch.bfloat16)
+    master_of(narrow, accumulate_in=torch.bfloat16)
+    assert sum_of(narrow) is None, "in bfloat16, parts would be rounded one by one"
+    wide = table(torch.bfloat16)
+    master = master_of(wide)
+    assert sum_of(wide) is not None
+    monkeypatch.setattr(master_module, "TOGETHER", V * D)
+    small = table()
+    master_of(small)
+    assert sum_of(small) is None
+    assert step(master, wide, ["sum", "both"]).dtype == torch.float32
