@@ -6,10 +6,8 @@ small for it torch's kernels do (docs/performance.md).
 
 import importlib.metadata
 import inspect
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pentode import device as devices
 from pentode import log
+from pentode.ops.kept_kernels import keep_in_home
 
 GENERATIONS = (9, 10)  # of NVIDIA's GPUs, for which the package has these kernels: Hopper, Blackwell
 LARGE = 5e10  # products of a query's number with a key's from which it is faster: its launch takes the host longer
 MOST, MULTIPLE = 128, 8  # of head sizes
-KEEP = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # what it compiled, which is a process's own otherwise
-KEEP_IN = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-KEPT = Path(".cache", "pentode", "flash")  # in the user's home
 
 
 class Functions(NamedTuple):
@@ -132,7 +128,7 @@ def _load(device: torch.device) -> Functions | None:
     """The package's functions; None where it is not installed, does not work, or has no kernels for this GPU."""
     if devices.generation(device) not in GENERATIONS:
         return None
-    _keep_kernels()
+    keep_in_home()
     try:
         from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
@@ -149,16 +145,3 @@ def _load(device: torch.device) -> Functions | None:
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
     log.info(f"Attention by FlashAttention-4 (flash-attn-4 {version})")
     return found
-
-
-def _keep_kernels() -> None:
-    """Have the package keep what it compiles, where the user has not said and has a home; read when it is imported."""
-    if KEEP in os.environ:
-        return
-    try:
-        folder = Path.home() / KEPT
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return
-    os.environ[KEEP] = "1"
-    os.environ.setdefault(KEEP_IN, str(folder))

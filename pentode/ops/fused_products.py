@@ -17,6 +17,7 @@ from torch import Tensor
 from pentode import device as devices
 from pentode import log
 from pentode.ops.gradient_sum import GradientSum, sum_of
+from pentode.ops.kept_kernels import keep_in_home
 
 GENERATION = 9  # of NVIDIA's GPUs: the tiles below were chosen on Hopper
 LARGE = 1e11  # multiplications of a product from which it is done so: its launch takes the host longer than torch's
@@ -144,6 +145,7 @@ def _load(device: torch.device) -> Functions | None:
     """The package's functions; None where it is not installed, does not work, or has none for this GPU."""
     if devices.generation(device) != GENERATION:
         return None
+    keep_in_home()
     try:
         from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
         from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]

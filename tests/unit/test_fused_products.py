@@ -1,5 +1,6 @@
 """Products with what follows them: which, on which GPU, by which tiles; and on a GPU, that they are the formula's."""
 
+import os
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -42,6 +43,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(devices, "is_gpu", lambda device: True)
     monkeypatch.setattr(devices, "generation", lambda device: 9)
     monkeypatch.setattr("pentode.log.warning", warnings.append)
+    monkeypatch.setenv("HOME", os.devnull)  # where nothing can be kept
     return warnings
 
 
