@@ -15,7 +15,7 @@ from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
-from pentode.ops.feed_forward import serves, swiglu_layer
+from pentode.ops.feed_forward import is_fused, swiglu_layer
 from pentode.ops.linear import Float8
 from pentode.ops.rope import frequencies, scale_llama3
 from pentode.parallel.loss import Vocab
@@ -33,7 +33,7 @@ class MLP(nn.Module):
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
     def forward(self, x: Tensor, *, onto: Tensor) -> Tensor:
-        if self.may_fuse and serves(x, self.gate_up.weight):
+        if self.may_fuse and is_fused(x, self.gate_up.weight):
             return swiglu_layer(x, self.gate_up.weight, self.down.weight, onto=onto)
         return onto + self.down(self.gate_up.gated(x, self.activation))
 

@@ -34,7 +34,24 @@ class _SummingEmbedding(torch.autograd.Function):
         if not ctx.found.begin():
             total.zero_()
         if devices.is_gpu(total.device):
-            total.index_put_((rows,), grad.to(total.dtype), accumulate=True)  # index_add_ adds in any order there
+            _add_rows_(total, rows, grad)
         else:
             total.index_add_(0, rows, grad.to(total.dtype))
         return None, None, None
+
+
+def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
+    """total[rows] += grad: with the same bits each time, and soon where one row is named by many tokens, too.
+
+    What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts. A row is
+    then named once; places that are left over have zeros, and a row each to add them to.
+    """
+    T = rows.shape[0]
+    ordered, order = rows.sort()
+    place = torch.zeros_like(rows)
+    place[1:] = ordered[1:] != ordered[:-1]
+    place = place.cumsum(0)
+    places, named = torch.empty_like(rows), torch.arange(T, device=rows.device) % total.shape[0]
+    places[order], named[place] = place, ordered
+    parts = torch.ops.aten.embedding_dense_backward(grad, places, T, -1, False)  # [T, D]
+    total.index_put_((named,), parts.to(total.dtype), accumulate=True)

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pentode.ops import fused_products
+from pentode.ops.fused_products import MULTIPLE
 from pentode.ops.gradient_sum import sum_of
 
 
-def serves(x: Tensor, gate_up: Tensor) -> bool:
+def is_fused(x: Tensor, gate_up: Tensor) -> bool:
     """Whether `swiglu_layer` is to do the layer, of x [T, K] and gate_up [2F, K], whose backward is to come."""
-    return torch.is_grad_enabled() and fused_products.serve(x, gate_up)
+    return torch.is_grad_enabled() and gate_up.shape[0] % (2 * MULTIPLE) == 0 and fused_products.serves(x, gate_up)
 
 
 def swiglu_layer(x: Tensor, gate_up: Tensor, down: Tensor, *, onto: Tensor) -> Tensor:

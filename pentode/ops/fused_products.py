@@ -7,8 +7,11 @@ operands; elsewhere torch multiplies, and kernels of ours do the rest (docs/perf
 T tokens, K input and N output features, F features of a feed-forward layer. "In turn" are gate 0, up 0, gate 1, up 1...
 """
 
+import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ from pentode.ops.kept_kernels import keep_in_home
 GENERATION = 9  # of NVIDIA's GPUs: the tiles below were chosen on Hopper
 LARGE = 1e11  # multiplications of a product from which it is done so: its launch takes the host longer than torch's
 MULTIPLE = 8  # of numbers in a row, which are then 16 bytes
-FORWARD = (128, 192, 2, 1, True)  # rows and columns of a tile, clusters of tiles, two tiles of a processor in turn
+FORWARD = (128, 192, 2, 1, True)  # rows, columns of a tile; of a cluster, in tiles; whether one ends as another begins
 BACKWARD = (128, 192, 2, 1, True)
 BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where what follows takes longer than so short a product
 NARROW = 4096  # input features below which a product is short
@@ -35,7 +38,7 @@ class Functions(NamedTuple):
     gated           (A, B, ...) -> A B, and SwiGLU of it
     gated_backward  (A, B, PreAct, ...) -> SwiGLU's gradient, of A B, and SwiGLU, of what it was applied to
     product         (A, B, out, C=None, ...): A B is written to `out`, or added to it; or A B + C is written
-    tiles           (*numbers as above) -> how it is to be cut, for the other three
+    tiles           (rows, columns, rows, columns, one ends as another begins) -> how a product is to be cut
     """
 
     gated: Callable[..., tuple[Tensor, Tensor]]
@@ -44,6 +47,7 @@ class Functions(NamedTuple):
     tiles: Callable[..., Any]
 
 
+_LEFT_OUT = ContextVar("left_out", default=False)
 _functions: dict[int | None, Functions | None] = {}  # by the device's number
 
 
@@ -59,9 +63,19 @@ def is_usable(device: torch.device) -> bool:
     return is_loaded(device)
 
 
-def serve(x: Tensor, weight: Tensor) -> bool:
-    """Whether they are to do the products of x [T, K] and weight [N, K]. What torch compiles has none."""
-    if not devices.runs_kernels(x) or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Have torch multiply, in this thread."""
+    before = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(before)
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the package is to do the products of x [T, K] and weight [N, K]. What torch compiles has none."""
+    if not devices.runs_kernels(x) or _LEFT_OUT.get() or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     (T, K), N = x.shape, weight.shape[0]
     return T * K * N >= LARGE and not any(size % MULTIPLE for size in (T, K, N)) and is_usable(x.device)
@@ -70,7 +84,7 @@ def serve(x: Tensor, weight: Tensor) -> bool:
 def sum_for(x: Tensor, weight: Tensor) -> GradientSum | None:
     """The sum that backward is to add this weight's gradient to; None where it has none, or torch makes it."""
     found = None if torch.compiler.is_compiling() else sum_of(weight)
-    return found if found is not None and serve(x, weight) else None
+    return found if found is not None and serves(x, weight) else None
 
 
 def swiglu(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,39 +159,41 @@ def _load(device: torch.device) -> Functions | None:
     """The package's functions; None where it is not installed, does not work, or has none for this GPU."""
     if devices.generation(device) != GENERATION:
         return None
+    try:
+        version = importlib.metadata.version("quack-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return None
     keep_in_home()
     try:
-        from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
-        from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
-    except Exception as error:  # noqa: BLE001 - whatever a package raises whose parts do not go with each other
-        if not (isinstance(error, ModuleNotFoundError) and str(error.name).startswith("quack")):
-            _tell(error)
+        found = _functions_of_package()
+    except Exception as error:  # noqa: BLE001 - of another version, or whose parts do not go with each other
+        name = type(error).__name__
+        log.warning(f"quack-kernels {version} is installed, but does not load ({name}: {error}); torch multiplies")
         return None
+    log.info(f"Products that compute SwiGLU and add up gradients (quack-kernels {version})")
+    return found
 
-    def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, in_turn: bool) -> Any:
+
+def _functions_of_package() -> Functions:
+    """They take what they are given here, or this raises."""
+    from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
+    from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
+
+    def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, overlapping: bool) -> Any:
         return GemmConfig(
             tile_m=rows,
             tile_n=columns,
             cluster_m=cluster_rows,
             cluster_n=cluster_columns,
-            pingpong=in_turn,
+            pingpong=overlapping,
             is_dynamic_persistent=False,
             device_capacity=GENERATION,
         )
 
-    try:
-        found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
-        tiles(*FORWARD)
-        asked = dict.fromkeys(("activation", "tuned", "config"))
-        inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)  # raises where it takes others
-        inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
-        inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
-    except Exception as error:  # noqa: BLE001 - another version
-        _tell(error)
-        return None
-    log.info("Products with SwiGLU, and added gradients, by quack-kernels")
+    found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
+    tiles(*FORWARD)
+    asked = dict.fromkeys(("activation", "tuned", "config"))
+    inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)
+    inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
+    inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
     return found
-
-
-def _tell(error: Exception) -> None:
-    log.warning(f"quack-kernels is installed, but does not load ({type(error).__name__}: {error}); torch multiplies")

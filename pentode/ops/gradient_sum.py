@@ -11,13 +11,17 @@ class GradientSum:
 
     total  in the weight's shape; where the step has not begun it, whatever was there before
 
-    Who adds to it gives autograd no gradient of that weight. It is the optimizer's (`optim/master.py`), which puts it
-    beside each weight that is large enough, empties it when a step begins, and knows from autograd's hook, which is
-    called for a gradient that is None too, that a backward has come to its end.
+    Who adds to it gives autograd no gradient of that weight. `optim/master.py` puts it beside each weight that is large
+    enough, says when a step starts, and learns from autograd's hook, which is called for a gradient that is None, too,
+    that a backward has done with the weight.
     """
 
     total: Tensor
     begun: bool = False
+
+    def start_step(self) -> None:
+        """Take what is there for the last step's."""
+        self.begun = False
 
     def begin(self) -> bool:
         """Whether something of this step is there, to be added to and not overwritten; from now on there is."""

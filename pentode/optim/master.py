@@ -149,7 +149,7 @@ class MasterWeights:
         self._forget_waiting()
         self._started = 0
         for found in self._sums.values():
-            found.begun = False
+            found.start_step()
         for name, shard in self._unmoved.items():
             shard.gradient = shard.gradient.new_empty(0)
             self.gradients.pop(name, None)
@@ -240,8 +240,10 @@ class MasterWeights:
                 move([self.gradients[name]], [gradient], add=self._sums[name].begin())
             elif name in self._unmoved:
                 self._keep(name, gradient)
-            else:
+            elif gradient.numel() <= TOGETHER:
                 self._wait(name, gradient, add=count > 1)
+            else:
+                move([self.gradients[name]], [gradient], add=count > 1)
             parameter.grad = None
             if count == expected:
                 bucket.missing -= 1

@@ -18,6 +18,7 @@ from pentode.errors import ConfigError
 from pentode.nn.causal_lm import CausalLM, run_block
 from pentode.ops import flash
 from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
+from pentode.ops.fused_products import left_out
 from pentode.optim.adamw import Update, update_
 from pentode.parallel.recompute import recomputing
 
@@ -80,9 +81,12 @@ def kernels(config: Config, device: torch.device) -> Kernels:
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
     """Set how the models run their blocks, as the config says. Returns whether they are compiled."""
     plain = config.model.compile == "off" and devices.is_gpu(device)
-    block = devices.without_kernels()(run_block) if plain else run_block
-    block = recomputing(block, config.parallelism.recompute_layer)
     wanted, budget = is_wanted(config, device), config.model.activation_budget
+    mode = config.parallelism.recompute_layer
+    block = devices.without_kernels()(run_block) if plain else run_block
+    if mode is True and devices.is_gpu(device) and not wanted:
+        block = left_out()(block)  # torch's products keep their operands before they multiply: the last is not repeated
+    block = recomputing(block, mode)
     if wanted:
         _load_attention(config, device)
         torch.compiler.reset()  # the limit of graphs is shared by all models that a process ever compiled

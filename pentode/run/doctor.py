@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pentode import device as devices
 from pentode import log
 from pentode.ops import flash, fused_products
+from pentode.ops.feed_forward import swiglu_layer
+from pentode.ops.gradient_sum import put_beside
 from pentode.optim import fused
 from pentode.version import VERSION
 
@@ -92,10 +94,14 @@ def _flash_4(device: torch.device) -> None:
 def _fused_products(device: torch.device) -> None:
     if not devices.is_gpu(device):
         raise RuntimeError("there is no GPU, for which they are")
-    x, weight = (torch.randn(rows, 128, device=device, dtype=torch.bfloat16) for rows in (256, 512))
+    x, gate_up, down = (torch.randn(*s, device=device, dtype=torch.bfloat16) for s in ((64, 64), (128, 64), (64, 64)))
     if not fused_products.is_usable(device):
-        raise RuntimeError("quack-kernels is not installed, or not for this GPU")
-    fused_products.swiglu(x, weight)
+        raise RuntimeError("it is not installed, or not for this GPU")
+    for weight in (gate_up, down):
+        put_beside(weight, torch.zeros_like(weight, dtype=torch.float32))
+    operands = [t.requires_grad_() for t in (x, gate_up, down)]
+    for _ in range(2):  # the second adds to the first's gradients
+        swiglu_layer(*operands, onto=x).sum().backward()
 
 
 KERNELS: dict[str, Callable[[torch.device], None]] = {
@@ -104,7 +110,7 @@ KERNELS: dict[str, Callable[[torch.device], None]] = {
     "attention efficient": _attention(SDPBackend.EFFICIENT_ATTENTION),
     "attention cudnn": _attention(SDPBackend.CUDNN_ATTENTION),
     "FlashAttention-4": _flash_4,
-    "products with SwiGLU": _fused_products,
+    "products of quack": _fused_products,
     "fused AdamW": _fused_adamw,
     "built by Triton": _triton,
 }

@@ -1,5 +1,6 @@
 """Products with what follows them: which, on which GPU, by which tiles; and on a GPU, that they are the formula's."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pentode import device as devices
 from pentode.ops import fused_products
 from pentode.ops.activation import swiglu
-from pentode.ops.feed_forward import serves, swiglu_layer
+from pentode.ops.feed_forward import is_fused, swiglu_layer
 from pentode.ops.fused_products import TILES, _best
 from pentode.ops.gradient_sum import put_beside, sum_of
 from pentode.ops.linear import linear
@@ -40,6 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
     monkeypatch.setattr(fused_products, "_functions", {})
     monkeypatch.setattr(fused_products, "LARGE", T * K * F)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     monkeypatch.setattr(devices, "is_gpu", lambda device: True)
     monkeypatch.setattr(devices, "generation", lambda device: 9)
     monkeypatch.setattr("pentode.log.warning", warnings.append)
@@ -57,11 +59,13 @@ def operands(dtype: torch.dtype = torch.bfloat16, **changes: int) -> tuple[Tenso
 
 @pytest.mark.usefixtures("told")
 def test_they_do_what_is_large_in_bfloat16() -> None:
-    assert fused_products.serve(*operands())
+    assert fused_products.serves(*operands())
     assert fused_products.is_loaded(torch.device("cpu"))
-    assert serves(*operands())
+    assert is_fused(*operands(N=48))
     with torch.no_grad():
-        assert not serves(*operands()), "no backward is to come"
+        assert not is_fused(*operands(N=48)), "no backward is to come"
+    assert fused_products.serves(*operands(N=40))
+    assert not is_fused(*operands(N=40)), "gate and up are 20 wide"
 
 
 @pytest.mark.usefixtures("told")
@@ -71,16 +75,18 @@ def test_they_do_what_is_large_in_bfloat16() -> None:
     ids=str,
 )
 def test_torch_does_the_rest(changes: dict[str, Any]) -> None:
-    assert not fused_products.serve(*operands(**changes))
+    assert not fused_products.serves(*operands(**changes))
     assert not fused_products.is_loaded(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("told")
 def test_torch_does_what_is_compiled_or_to_be_done_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    with devices.without_kernels():
-        assert not fused_products.serve(*operands())
+    for left_out in (devices.without_kernels, fused_products.left_out):
+        with left_out():
+            assert not fused_products.serves(*operands())
+        assert fused_products.serves(*operands())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not fused_products.serve(*operands())
+    assert not fused_products.serves(*operands())
     x, weight = operands()
     put_beside(weight, weight.float())
     assert fused_products.sum_for(x, weight) is None
@@ -88,21 +94,27 @@ def test_torch_does_what_is_compiled_or_to_be_done_without_kernels(monkeypatch: 
 
 def test_another_gpu_has_torchs(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "generation", lambda device: 10)
-    assert not fused_products.serve(*operands())
+    assert not fused_products.serves(*operands())
     assert told == []
 
 
-@pytest.mark.parametrize("lacking", ["quack", "cutlass"])
+@pytest.mark.parametrize("lacking", ["quack", "gemm_config", "gemm_dact"])
 def test_a_package_that_is_missing_or_broken_leaves_it_to_torch(
     told: list[str], monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     if lacking == "quack":
+
+        def fail(name: str) -> str:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", fail)
+    elif lacking == "gemm_config":
         monkeypatch.setitem(sys.modules, "quack.gemm_config", None)
     else:
         monkeypatch.delattr(sys.modules["quack.gemm_interface"], "gemm_dact")
-    assert not fused_products.serve(*operands())
+    assert not fused_products.serves(*operands())
     assert len(told) == (lacking != "quack")
-    assert all("quack-kernels is installed, but does not load (ImportError: cannot import" in line for line in told)
+    assert all(line.startswith("quack-kernels 0 is installed, but does not load (") for line in told)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +130,7 @@ def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
     told: list[str], monkeypatch: pytest.MonkeyPatch, name: str, other: object
 ) -> None:
     monkeypatch.setattr(sys.modules["quack.gemm_interface"], name, other)
-    assert not fused_products.serve(*operands())
+    assert not fused_products.serves(*operands())
     assert len(told) == 1
 
 
@@ -199,7 +211,7 @@ def test_asking_for_them_imports_nothing_without_a_gpu() -> None:
 import sys, torch
 from pentode.ops import fused_products
 weight = torch.ones(8, 8, dtype=torch.bfloat16)
-assert not fused_products.serve(weight, weight)
+assert not fused_products.serves(weight, weight)
 print(sorted({"quack", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -227,7 +239,7 @@ def test_a_layer_on_a_gpu_is_the_formulas(
     if not summed:
         for weight in narrow[1:]:
             del weight.gradient_sum  # pyright: ignore[reportAttributeAccessIssue]
-    assert serves(*narrow[:2])
+    assert is_fused(*narrow[:2])
     y = stream
     for _ in range(2):
         y = swiglu_layer(*narrow, onto=stream)

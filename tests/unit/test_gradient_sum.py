@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pentode.dist.mesh import Axis
-from pentode.ops.embedding import embedding
+from pentode.ops.embedding import _add_rows_, embedding
 from pentode.ops.gradient_sum import sum_of
 from pentode.optim import master as master_module
 from pentode.optim.groups import Group
@@ -99,8 +101,11 @@ def test_a_step_that_nothing_adds_to_has_zeros() -> None:
 
 def test_small_weights_and_narrow_sums_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = table(torch.bfloat16)
-    master_of(narrow, accumulate_in=torch.bfloat16)
+    master = master_of(narrow, accumulate_in=torch.bfloat16)
     assert sum_of(narrow) is None, "in bfloat16, parts would be rounded one by one"
+    master.start_step(2)
+    used(narrow, "both").backward()
+    assert master.gradients["w"].any(), "so large a gradient does not wait for others"
     wide = table(torch.bfloat16)
     master = master_of(wide)
     assert sum_of(wide) is not None
@@ -109,3 +114,26 @@ def test_small_weights_and_narrow_sums_are_autograds(monkeypatch: pytest.MonkeyP
     master_of(small)
     assert sum_of(small) is None
     assert step(master, wide, ["sum", "both"]).dtype == torch.float32
+
+
+@given(rows=st.lists(st.integers(0, V - 1), min_size=1, max_size=3 * V))
+def test_rows_are_added_on_a_gpu_as_on_a_cpu(rows: list[int]) -> None:
+    total = torch.arange(V * D, dtype=torch.float64).view(V, D)
+    named, grad = torch.tensor(rows), torch.randn(len(rows), D, dtype=torch.float64)
+    want = total.index_add(0, named, grad)
+    _add_rows_(total, named, grad)
+    torch.testing.assert_close(total, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("named", [1, 300, 50_000])
+def test_rows_are_added_with_the_same_bits_each_time(named: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = torch.randint(named, (16_384,), generator=generator, device="cuda")
+    grad = torch.randn(16_384, 256, generator=generator, device="cuda").bfloat16()
+    first, second = (torch.zeros(50_000, 256, device="cuda") for _ in range(2))
+    for total in (first, second):
+        _add_rows_(total, rows, grad)
+    assert torch.equal(first, second)
+    want = torch.zeros(50_000, 256, dtype=torch.float64).index_add(0, rows.cpu(), grad.cpu().double())
+    assert (first.cpu() - want).norm() < 3e-3 * want.norm()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pentode import device as devices
+from pentode.ops import fused_products
 from pentode.run import compiled
 from pentode.run.compiled import Kernels, is_wanted, kernels, prepare_blocks
 from tests.helpers.tiny import tiny_config, tiny_yaml
@@ -82,3 +83,18 @@ def test_off_means_no_kernels_of_ours_either(tmp_path: Path, monkeypatch: pytest
 
 def test_a_gpu_compiles_a_gpt_2(tmp_path: Path) -> None:
     assert is_wanted(tiny_config(tmp_path), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("recompute", "gpu"), [(False, True), (True, True), (True, False)])
+def test_blocks_that_are_recomputed_have_torchs_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool, gpu: bool
+) -> None:
+    left_out: list[bool] = []
+    monkeypatch.setattr(devices, "is_gpu", lambda device: gpu)
+    monkeypatch.setattr(compiled, "run_block", lambda block, x: left_out.append(fused_products._LEFT_OUT.get()))
+    config = tiny_config(tmp_path, model__model_config=LLAMA, parallelism__recompute_layer=recompute)
+    model: Any = SimpleNamespace()
+    prepare_blocks([model], config, device=torch.device("cpu"))
+    model.run_block(None, torch.zeros(1))
+    assert left_out == [recompute and gpu]
+    assert not fused_products._LEFT_OUT.get()
