@@ -44,7 +44,7 @@ def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """total[rows] += grad: with the same bits each time, and soon where one row is named by many tokens, too.
 
     What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts. A row is
-    then named once; places that are left over have zeros, and a row each to add them to.
+    then named once, or once more by a place that is left over and adds zeros: in whichever order, the sum is the same.
     """
     T = rows.shape[0]
     ordered, order = rows.sort()
@@ -54,4 +54,4 @@ def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     places, named = torch.empty_like(rows), torch.arange(T, device=rows.device) % total.shape[0]
     places[order], named[place] = place, ordered
     parts = torch.ops.aten.embedding_dense_backward(grad, places, T, -1, False)  # [T, D]
-    total.index_put_((named,), parts.to(total.dtype), accumulate=True)
+    total.index_add_(0, named, parts.to(total.dtype))
