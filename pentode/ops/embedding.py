@@ -44,7 +44,7 @@ def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """total[rows] += grad: with the same bits each time, and soon where one row is named by many tokens, too.
 
     What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts. A row is
-    then named once, or once more by a place that is left over and adds zeros: in whichever order, the sum is the same.
+    then named once; places that are left over add zeros to some row, which in any order gives the same sum.
     """
     T = rows.shape[0]
     ordered, order = rows.sort()

@@ -74,7 +74,10 @@ def left_out() -> Iterator[None]:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the package is to do the products of x [T, K] and weight [N, K]. What torch compiles has none."""
+    """Whether x [T, K] and weight [N, K] are for the package. What torch compiles is not.
+
+    Of a linear layer it then makes the weight's gradient, of a feed-forward layer (`feed_forward.py`) everything.
+    """
     if not devices.runs_kernels(x) or _LEFT_OUT.get() or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     (T, K), N = x.shape, weight.shape[0]
@@ -83,7 +86,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def sum_for(x: Tensor, weight: Tensor) -> GradientSum | None:
     """The sum that backward is to add this weight's gradient to; None where it has none, or torch makes it."""
-    found = None if torch.compiler.is_compiling() else sum_of(weight)
+    found = sum_of(weight)
     return found if found is not None and serves(x, weight) else None
 
 

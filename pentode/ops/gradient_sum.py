@@ -11,9 +11,10 @@ class GradientSum:
 
     total  in the weight's shape; where the step has not begun it, whatever was there before
 
-    Who adds to it gives autograd no gradient of that weight. `optim/master.py` puts it beside each weight that is large
-    enough, says when a step starts, and learns from autograd's hook, which is called for a gradient that is None, too,
-    that a backward has done with the weight.
+    Who adds to it gives autograd no gradient of that weight, which is the optimizer's from then on: `autograd.grad` of
+    it would find none. `optim/master.py` puts it beside each weight that is large enough, says when a step starts, and
+    learns from autograd's hook, which is called for a gradient that is None, too, that a backward has done with the
+    weight.
     """
 
     total: Tensor

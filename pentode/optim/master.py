@@ -54,13 +54,13 @@ class MasterWeights:
                    where each step has one micro-batch, and `data` one rank
 
     As soon as backward has made a parameter's gradient it is moved into its place in the gradient buffer, and `.grad`
-    is None again: the step's first micro-batch writes, later ones add. Those of up to TOGETHER
-    elements wait for each other, at most until their bucket is complete, and are moved by few calls. To a larger one
-    an operator may add in its own backward (`ops/gradient_sum.py`), so that there is nothing to move. A larger one to
-    which nothing is added is not moved but kept until the next step begins: that saves a copy, and room while the next
-    forward needs it. A bucket whose last gradient has arrived is reduced while backward goes on: all-reduced, or
-    reduce-scattered under ZeRO-1, where the weights that other ranks stepped then come back bucket by bucket while the
-    next forward goes on.
+    is None again: the step's first micro-batch writes, later ones add. Those of up to TOGETHER elements wait for each
+    other, at most until their bucket is complete, and are moved by few calls. To a larger one that is float32 or
+    wider, an operator may add in its own backward (`ops/gradient_sum.py`), so that there is nothing to move. Where a
+    step has one micro-batch, those from `unmoved_from` on stay where they are until the next step begins: that saves a
+    copy, and room while the next forward needs it. A bucket whose last gradient has arrived is reduced while backward
+    goes on: all-reduced, or reduce-scattered under ZeRO-1, where the weights that other ranks stepped then come back
+    bucket by bucket while the next forward goes on.
 
     Masters are float32 (float64 for float64 parameters) whatever gradients are accumulated in. Nanotron without
     `accumulate_grad_in_fp32` has none and steps bfloat16 weights directly, which loses most small updates.

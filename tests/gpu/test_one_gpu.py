@@ -40,10 +40,11 @@ def overfit_with_flash(**arguments: Any) -> Found:
 
     flash.LARGE, flash._functions[0] = 0, functions._replace(forward=forward)
     try:
-        return overfit(**arguments)
+        found = overfit(**arguments)
     finally:
         flash.LARGE, flash._functions[0] = large, functions
-        assert calls, "it was not asked"
+    assert calls, "it was not asked"
+    return found
 
 
 @pytest.mark.parametrize("recompute", [False, True, "selective"])
@@ -76,10 +77,11 @@ def overfit_with_fused_products(**arguments: Any) -> Found:
     fused_products.LARGE, master.TOGETHER = 0, 0
     fused_products._functions[0] = fused_products.Functions(*map(noted, fused_products.Functions._fields))
     try:
-        return overfit(**arguments)
+        found = overfit(**arguments)
     finally:
         fused_products.LARGE, master.TOGETHER, fused_products._functions[0] = before
-        assert {"gated", "gated_backward", "product added"} <= set(calls), "they were not asked"
+    assert {"gated", "gated_backward", "product added"} <= set(calls), "they were not asked"
+    return found
 
 
 def test_products_with_what_follows_have_the_gradient_norms_of_torchs() -> None:

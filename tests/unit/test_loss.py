@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pentode.dist.mesh import Axis
+from pentode.ops.gradient_sum import put_beside
 from pentode.parallel import loss as loss_module
 from pentode.parallel.batch import IGNORE
 from pentode.parallel.loss import Vocab, vocab_logits, vocab_loss
@@ -54,6 +55,18 @@ def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.
         longest = max(part.stop - part.start for part in slices)
         assert longest * each <= max(1000, each)
         assert len(slices) == min(tokens, -(-tokens * each // 1000)), "more slices than needed"
+
+
+@pytest.mark.parametrize("slice_bytes", [200, 1 << 20])
+def test_the_weights_gradient_is_added_to_its_sum(monkeypatch: pytest.MonkeyPatch, slice_bytes: int) -> None:
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", slice_bytes)
+    x, weight, labels = inputs()
+    (want,) = torch.autograd.grad(reference(x, weight, labels), weight)
+    total = put_beside(weight, torch.full_like(weight, torch.nan)).total
+    for factor in (0.5, 0.25):
+        (vocab_loss(x, weight, labels, vocab=ONE) * factor).backward()
+    assert weight.grad is None
+    torch.testing.assert_close(total, 0.75 * want)
 
 
 def test_large_logits_overflow_nothing() -> None:
