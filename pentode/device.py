@@ -44,7 +44,19 @@ def problems(name: str, *, local_rank: int = 0, float8: str | None = None) -> li
         needs, has = FLOAT8_CAPABILITY[float8], torch.cuda.get_device_capability(local_rank)
         if has < needs:
             return [f"model.float8: {float8} needs compute capability {needs}, this GPU has {has}; leave float8 out"]
+    elif float8 == "rowwise" and not _scales_rows():
+        return [f"model.float8: rowwise on a CPU needs a newer torch than {torch.__version__}; use tensorwise"]
     return []
+
+
+def _scales_rows() -> bool:
+    """Whether this torch multiplies numbers of 8 bits on a CPU that have a scale for each row; 2.11 has one for all."""
+    x, scale = torch.zeros(16, 16, dtype=torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def pick(name: str, *, local_rank: int = 0) -> torch.device:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pentode import device as devices
 from pentode.cli import run_command
 from pentode.generate.command import refuse_early
 from pentode.ops.linear import Float8
@@ -65,3 +67,16 @@ def test_what_generates_multiplies_as_it_always_does(tmp_path: Path, float8: Flo
     for training in (True, False):
         (model,) = build_stages(run.config, run.mesh, run.device, training=training).values()
         assert model.place.float8 == (float8 if training else None)
+
+
+def test_a_torch_that_scales_no_rows_on_a_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.problems("cpu", float8="rowwise") == []
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fail)
+    want = f"model.float8: rowwise on a CPU needs a newer torch than {torch.__version__}; use tensorwise"
+    assert devices.problems("cpu", float8="rowwise") == [want]
+    assert devices.problems("cpu", float8="tensorwise") == []
+    assert devices.problems("cpu") == []
