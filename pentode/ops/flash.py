@@ -4,7 +4,6 @@ The package is a beta, compiles its kernels when they are first asked for, and k
 small for it torch's kernels do (docs/performance.md).
 """
 
-import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable
@@ -15,10 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pentode import device as devices
-from pentode import log
-from pentode.ops.kept_kernels import keep_in_home
+from pentode.ops.kernel_package import KernelPackage
 
-GENERATIONS = (9, 10)  # of NVIDIA's GPUs, for which the package has these kernels: Hopper, Blackwell
 LARGE = 5e10  # products of a query's number with a key's from which it is faster: its launch takes the host longer
 MOST, MULTIPLE = 128, 8  # of head sizes
 
@@ -30,26 +27,32 @@ class Functions(NamedTuple):
     backward: Callable[..., tuple[Tensor, ...]]
 
 
-_functions: dict[int | None, Functions | None] = {}  # by the device's number
+def _functions() -> Functions:
+    """They take what they are given here, or this raises."""
+    from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
+    found = Functions(interface._flash_attn_fwd, interface._flash_attn_bwd)
+    inspect.signature(found.forward).bind(**dict.fromkeys(("q", "k", "v", "causal", "return_lse")))
+    named = ("q", "k", "v", "out", "dout", "lse", "causal", "deterministic")
+    inspect.signature(found.backward).bind(**dict.fromkeys(named))
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
+    return found
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether it is installed, and has kernels for this GPU. What torch compiles knows it if it was asked before."""
-    if device.index not in _functions and not torch.compiler.is_compiling():
-        _functions[device.index] = _load(device)
-    return is_loaded(device)
-
-
-def is_loaded(device: torch.device) -> bool:
-    """Whether something was large enough for it on this GPU, and it is usable."""
-    return _functions.get(device.index) is not None
+PACKAGE = KernelPackage(
+    "flash-attn-4",
+    generations=(9, 10),  # Hopper, Blackwell
+    functions=_functions,
+    does="Attention by FlashAttention-4",
+    instead="torch attends",
+)
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
     """Whether it is to do this attention, of q [B, S, H, E] and k [B, N, K, E]."""
     B, S, H, E = q.shape
     fits = q.dtype in (torch.bfloat16, torch.float16) and k.shape[1] == S and E <= MOST and E % MULTIPLE == 0
-    return fits and B * H * S * S * E >= LARGE and devices.has_kernels(q) and is_usable(q.device)
+    return fits and B * H * S * S * E >= LARGE and devices.has_kernels(q) and PACKAGE.is_usable(q.device)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ _LIBRARY.define(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, S, H, E], and the logarithms of the sums of its exponentials, [B, H, S] float32."""
-    y, sums, *_ = _of(q).forward(q=q, k=k, v=v, causal=True, return_lse=True)
+    y, sums, *_ = PACKAGE.on(q.device).forward(q=q, k=k, v=v, causal=True, return_lse=True)
     return y.contiguous(), sums.contiguous()
 
 
@@ -76,7 +79,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Te
     """The gradients of q, k and v, in their shapes."""
     operands = {"q": q, "k": k, "v": v, "out": y, "dout": grad.contiguous(), "lse": sums}
     same_bits = torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv, *_ = (t.contiguous() for t in _of(q).backward(**operands, causal=True, deterministic=same_bits))
+    dq, dk, dv, *_ = (
+        t.contiguous() for t in PACKAGE.on(q.device).backward(**operands, causal=True, deterministic=same_bits)
+    )
     return dq, dk, dv
 
 
@@ -116,32 +121,3 @@ def _flops(q: tuple[int, ...], *_: object, **__: object) -> int:
     """As torch counts its own attention, with the scores that are masked: by this a compiler weighs what to keep."""
     B, S, H, E = q
     return 4 * B * H * S * S * E
-
-
-def _of(q: Tensor) -> Functions:
-    found = _functions[q.device.index]
-    assert found is not None, "it does not serve"
-    return found
-
-
-def _load(device: torch.device) -> Functions | None:
-    """The package's functions; None where it is not installed, does not work, or has no kernels for this GPU."""
-    if devices.generation(device) not in GENERATIONS:
-        return None
-    keep_in_home()
-    try:
-        from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
-
-        found = Functions(interface._flash_attn_fwd, interface._flash_attn_bwd)
-        inspect.signature(found.forward).bind(**dict.fromkeys(("q", "k", "v", "causal", "return_lse")))
-        named = ("q", "k", "v", "out", "dout", "lse", "causal", "deterministic")
-        inspect.signature(found.backward).bind(**dict.fromkeys(named))  # raises where it takes others
-        version = importlib.metadata.version("flash-attn-4")
-    except Exception as error:  # noqa: BLE001 - a beta, whose parts may not go with each other
-        if not (isinstance(error, ModuleNotFoundError) and str(error.name).startswith("flash_attn")):
-            name = type(error).__name__
-            log.warning(f"flash-attn-4 is installed, but does not load ({name}: {error}); torch attends")
-        return None
-    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # which is not used
-    log.info(f"Attention by FlashAttention-4 (flash-attn-4 {version})")
-    return found

@@ -7,7 +7,6 @@ operands; elsewhere torch multiplies, and kernels of ours do the rest (docs/perf
 T tokens, K input and N output features, F features of a feed-forward layer. "In turn" are gate 0, up 0, gate 1, up 1...
 """
 
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from pentode import device as devices
-from pentode import log
 from pentode.ops.gradient_sum import GradientSum, sum_of
-from pentode.ops.kept_kernels import keep_in_home
+from pentode.ops.kernel_package import KernelPackage
 
 GENERATION = 9  # of NVIDIA's GPUs: the tiles below were chosen on Hopper
 LARGE = 1e11  # multiplications of a product from which it is done so: its launch takes the host longer than torch's
@@ -30,6 +28,7 @@ BACKWARD = (128, 192, 2, 1, True)
 BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where what follows takes longer than so short a product
 NARROW = 4096  # input features below which a product is short
 TILES = ((256, 128, 1, 2, False), (256, 192, 2, 1, False))  # of products that nothing follows
+_LEFT_OUT = ContextVar("left_out", default=False)
 
 
 class Functions(NamedTuple):
@@ -47,20 +46,38 @@ class Functions(NamedTuple):
     tiles: Callable[..., Any]
 
 
-_LEFT_OUT = ContextVar("left_out", default=False)
-_functions: dict[int | None, Functions | None] = {}  # by the device's number
+def _functions() -> Functions:
+    """They take what they are given here, or this raises."""
+    from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
+    from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
+
+    def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, overlapping: bool) -> Any:
+        return GemmConfig(
+            tile_m=rows,
+            tile_n=columns,
+            cluster_m=cluster_rows,
+            cluster_n=cluster_columns,
+            pingpong=overlapping,
+            is_dynamic_persistent=False,
+            device_capacity=GENERATION,
+        )
+
+    found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
+    tiles(*FORWARD)
+    asked = dict.fromkeys(("activation", "tuned", "config"))
+    inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)
+    inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
+    inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
+    return found
 
 
-def is_loaded(device: torch.device) -> bool:
-    """Whether something was large enough for them on this GPU, and they are usable."""
-    return _functions.get(device.index) is not None
-
-
-def is_usable(device: torch.device) -> bool:
-    """Whether the package is installed, works, and its kernels are for this GPU."""
-    if device.index not in _functions:
-        _functions[device.index] = _load(device)
-    return is_loaded(device)
+PACKAGE = KernelPackage(
+    "quack-kernels",
+    generations=(GENERATION,),
+    functions=_functions,
+    does="Products that compute SwiGLU and add up gradients",
+    instead="torch multiplies",
+)
 
 
 @contextmanager
@@ -81,7 +98,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     if not devices.runs_kernels(x) or _LEFT_OUT.get() or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     (T, K), N = x.shape, weight.shape[0]
-    return T * K * N >= LARGE and not any(size % MULTIPLE for size in (T, K, N)) and is_usable(x.device)
+    return T * K * N >= LARGE and not any(size % MULTIPLE for size in (T, K, N)) and PACKAGE.is_usable(x.device)
 
 
 def sum_for(x: Tensor, weight: Tensor) -> GradientSum | None:
@@ -92,7 +109,7 @@ def sum_for(x: Tensor, weight: Tensor) -> GradientSum | None:
 
 def swiglu(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """gate and up in turn, [T, 2F], of x [T, K] and gate_up [2F, K]; and silu(gate) * up, [T, F]."""
-    of = _of(x)
+    of = PACKAGE.on(x.device)
     return of.gated(x, gate_up.t(), activation="swiglu", tuned=False, config=of.tiles(*FORWARD), concat_layout=("B",))
 
 
@@ -108,7 +125,7 @@ def swiglu_backward(grad: Tensor, down: Tensor, in_turn: Tensor) -> tuple[Tensor
 
     And silu(gate) * up once more, [T, F].
     """
-    of = _of(grad)
+    of = PACKAGE.on(grad.device)
     tiles = of.tiles(*(BACKWARD if grad.shape[1] >= NARROW else BACKWARD_OF_NARROW))
     return of.gated_backward(
         grad, down, in_turn, activation="swiglu", tuned=False, config=tiles, dynamic_scheduler=False
@@ -137,7 +154,7 @@ def weight_gradient(grad: Tensor, x: Tensor, found: GradientSum | None, *, in_tu
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, **options: Any) -> None:
-    of, (rows, columns) = _of(a), out.shape
+    of, (rows, columns) = PACKAGE.on(a.device), out.shape
     of.product(a, b, out, config=of.tiles(*_best(rows, columns, devices.multiprocessors(a.device))), **options)
 
 
@@ -150,53 +167,3 @@ def _best(rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int,
         return -(-tiles // multiprocessors) * high * wide
 
     return min(TILES, key=time)
-
-
-def _of(x: Tensor) -> Functions:
-    found = _functions[x.device.index]
-    assert found is not None, "they do not serve"
-    return found
-
-
-def _load(device: torch.device) -> Functions | None:
-    """The package's functions; None where it is not installed, does not work, or has none for this GPU."""
-    if devices.generation(device) != GENERATION:
-        return None
-    try:
-        version = importlib.metadata.version("quack-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    keep_in_home()
-    try:
-        found = _functions_of_package()
-    except Exception as error:  # noqa: BLE001 - of another version, or whose parts do not go with each other
-        name = type(error).__name__
-        log.warning(f"quack-kernels {version} is installed, but does not load ({name}: {error}); torch multiplies")
-        return None
-    log.info(f"Products that compute SwiGLU and add up gradients (quack-kernels {version})")
-    return found
-
-
-def _functions_of_package() -> Functions:
-    """They take what they are given here, or this raises."""
-    from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
-    from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
-
-    def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, overlapping: bool) -> Any:
-        return GemmConfig(
-            tile_m=rows,
-            tile_n=columns,
-            cluster_m=cluster_rows,
-            cluster_n=cluster_columns,
-            pingpong=overlapping,
-            is_dynamic_persistent=False,
-            device_capacity=GENERATION,
-        )
-
-    found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
-    tiles(*FORWARD)
-    asked = dict.fromkeys(("activation", "tuned", "config"))
-    inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)
-    inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
-    inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
-    return found

@@ -107,7 +107,7 @@ def _load_attention(config: Config, device: torch.device) -> None:
     longest = max([tokens.sequence_length, *(stage.sequence_length or 0 for stage in config.data_stages)])
     scores = tokens.micro_batch_size * shape.heads // config.parallelism.tp * longest**2
     if devices.is_gpu(device) and scores * shape.head_dim >= flash.LARGE:
-        flash.is_usable(device)
+        flash.PACKAGE.is_usable(device)
 
 
 def _keeping(budget: float, block: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -86,7 +86,7 @@ def _flash_4(device: torch.device) -> None:
     if not devices.is_gpu(device):
         raise RuntimeError("there is no GPU, for which it is")
     q = torch.randn(1, 64, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    if not flash.is_usable(device):
+    if not flash.PACKAGE.is_usable(device):
         raise RuntimeError("it is not installed, or not for this GPU")
     flash.flash_attention(q, q, q).sum().backward()
 
@@ -95,7 +95,7 @@ def _fused_products(device: torch.device) -> None:
     if not devices.is_gpu(device):
         raise RuntimeError("there is no GPU, for which they are")
     x, gate_up, down = (torch.randn(*s, device=device, dtype=torch.bfloat16) for s in ((64, 64), (128, 64), (64, 64)))
-    if not fused_products.is_usable(device):
+    if not fused_products.PACKAGE.is_usable(device):
         raise RuntimeError("it is not installed, or not for this GPU")
     for weight in (gate_up, down):
         put_beside(weight, torch.zeros_like(weight, dtype=torch.float32))

@@ -102,7 +102,7 @@ class Steps:
         """Whether the memory is there, and the host may be waited for: where attention or products are large, not."""
         peak, device = devices.memory(self.run.device).peak_allocated, self.run.device
         room = min(devices.total_memory(device) / 2, devices.free_memory(device))
-        return peak < room and not flash.is_loaded(device) and not fused_products.is_loaded(device)
+        return peak < room and not any(one.is_loaded(device) for one in (flash.PACKAGE, fused_products.PACKAGE))
 
     def _try_to_record(self, batches: Sequence[Batch]) -> _Recorded | None:
         """A recorded step; None where it cannot be and need not: recording does nothing, so nothing is lost."""

@@ -30,19 +30,18 @@ def test_kernels_and_compiled_blocks_have_the_gradient_norms_of_torchs_operators
 
 def overfit_with_flash(**arguments: Any) -> Found:
     """`overfit`, with attention by FlashAttention-4 however small it is."""
-    assert flash.is_usable(torch.device("cuda", 0))
-    functions, large, calls = flash._functions[0], flash.LARGE, list[int]()
-    assert functions is not None
+    assert flash.PACKAGE.is_usable(torch.device("cuda", 0))
+    functions, large, calls = flash.PACKAGE.on(torch.device("cuda", 0)), flash.LARGE, list[int]()
 
     def forward(*operands: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         calls.append(1)
         return functions.forward(*operands, **options)
 
-    flash.LARGE, flash._functions[0] = 0, functions._replace(forward=forward)
+    flash.LARGE, flash.PACKAGE.loaded[0] = 0, functions._replace(forward=forward)
     try:
         found = overfit(**arguments)
     finally:
-        flash.LARGE, flash._functions[0] = large, functions
+        flash.LARGE, flash.PACKAGE.loaded[0] = large, functions
     assert calls, "it was not asked"
     return found
 
@@ -50,7 +49,7 @@ def overfit_with_flash(**arguments: Any) -> Found:
 @pytest.mark.parametrize("recompute", [False, True, "selective"])
 @pytest.mark.parametrize("how", ["auto", "on"])
 def test_flash_attention_has_the_gradient_norms_of_torchs(how: str, recompute: bool | str) -> None:
-    if not flash.is_usable(torch.device("cuda", 0)):
+    if not flash.PACKAGE.is_usable(torch.device("cuda", 0)):
         pytest.skip("flash-attn-4 is not installed, or not for this GPU")
     arguments = {"model": "llama", "dtype": "bfloat16"}
     plain = WORLD.run(overfit, 1, layout=Layout(compile="off"), **arguments)[0]
@@ -63,8 +62,8 @@ def test_flash_attention_has_the_gradient_norms_of_torchs(how: str, recompute: b
 def overfit_with_fused_products(**arguments: Any) -> Found:
     """`overfit`, with products by quack-kernels however small they are, and all gradients added in sums."""
     device = torch.device("cuda", 0)
-    assert fused_products.is_usable(device)
-    before = fused_products.LARGE, master.TOGETHER, fused_products._functions[0]
+    assert fused_products.PACKAGE.is_usable(device)
+    before = fused_products.LARGE, master.TOGETHER, fused_products.PACKAGE.loaded[0]
     calls = list[str]()
 
     def noted(name: str) -> Any:
@@ -75,17 +74,17 @@ def overfit_with_fused_products(**arguments: Any) -> Found:
         return call
 
     fused_products.LARGE, master.TOGETHER = 0, 0
-    fused_products._functions[0] = fused_products.Functions(*map(noted, fused_products.Functions._fields))
+    fused_products.PACKAGE.loaded[0] = fused_products.Functions(*map(noted, fused_products.Functions._fields))
     try:
         found = overfit(**arguments)
     finally:
-        fused_products.LARGE, master.TOGETHER, fused_products._functions[0] = before
+        fused_products.LARGE, master.TOGETHER, fused_products.PACKAGE.loaded[0] = before
     assert {"gated", "gated_backward", "product added"} <= set(calls), "they were not asked"
     return found
 
 
 def test_products_with_what_follows_have_the_gradient_norms_of_torchs() -> None:
-    if not fused_products.is_usable(torch.device("cuda", 0)):
+    if not fused_products.PACKAGE.is_usable(torch.device("cuda", 0)):
         pytest.skip("quack-kernels is not installed, or not for this GPU")
     arguments = {"model": "llama", "dtype": "bfloat16"}
     plain = WORLD.run(overfit, 1, layout=Layout(compile="off"), **arguments)[0]

@@ -61,7 +61,7 @@ PLAIN = Functions(gated, gated_backward, product, lambda *numbers: numbers)
 @contextmanager
 def served(calls: list[str]) -> Iterator[None]:
     """Have all bias-free products done by `PLAIN`, and all gradients that are added lie in sums; `calls` says which."""
-    before = fused_products._functions, fused_products.serves, fused_products._best, master.TOGETHER
+    before = fused_products.PACKAGE.loaded, fused_products.serves, fused_products._best, master.TOGETHER
 
     def noted(name: str) -> Any:
         def call(*operands: Any, **options: Any) -> Any:
@@ -70,7 +70,7 @@ def served(calls: list[str]) -> Iterator[None]:
 
         return call
 
-    fused_products._functions = {None: Functions(*(noted(name) for name in PLAIN._fields))}
+    fused_products.PACKAGE.loaded = {None: Functions(*(noted(name) for name in PLAIN._fields))}
     fused_products.serves = lambda x, weight: True
     fused_products._best = lambda rows, columns, multiprocessors: fused_products.TILES[0]
     fused_products.devices.multiprocessors, counted = lambda device: 1, fused_products.devices.multiprocessors
@@ -78,7 +78,7 @@ def served(calls: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        fused_products._functions, fused_products.serves, fused_products._best, master.TOGETHER = before
+        fused_products.PACKAGE.loaded, fused_products.serves, fused_products._best, master.TOGETHER = before
         fused_products.devices.multiprocessors = counted
 
 

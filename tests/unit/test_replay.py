@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pentode.dist.mesh import Axis
 from pentode.errors import ConfigError
-from pentode.ops import flash
+from pentode.ops import flash, fused_products
+from pentode.ops.kernel_package import KernelPackage
 from pentode.parallel.batch import Batch
 from pentode.run.build import Run
 from pentode.train import replay
@@ -238,11 +239,12 @@ def test_a_step_is_not_recorded_by_itself_where_others_hold_the_memory(
     assert recorder.replays == []
 
 
-def test_a_step_is_not_recorded_by_itself_where_attention_is_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", [flash.PACKAGE, fused_products.PACKAGE], ids=lambda package: package.name)
+def test_a_step_is_not_recorded_by_itself_where_attention_or_products_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: KernelPackage[Any]
 ) -> None:
     recorder = played(monkeypatch)
-    monkeypatch.setattr(flash, "is_loaded", lambda device: True)
+    monkeypatch.setattr(package, "is_loaded", lambda device: True)
     do(Steps(run_of(tmp_path, "auto", tokens__train_steps=40)), STEPS + TIMED)
     assert recorder.replays == []
 

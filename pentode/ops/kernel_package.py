@@ -1,0 +1,64 @@
+"""Packages of kernels that a user may have installed, beside torch's: loaded when something is large enough."""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+from pentode import device as devices
+from pentode import log
+from pentode.ops.kept_kernels import keep_in_home
+
+F = TypeVar("F")
+
+
+class KernelPackage(Generic[F]):
+    """What is used of a package, for each GPU that has asked.
+
+    name         as pip knows it
+    generations  of NVIDIA's GPUs on which its kernels are used
+    functions    imports it, and gives what is used of it; raises where that is missing or takes other arguments
+    does         what it does, and `instead`, who does where it is installed but cannot: for the log
+    loaded       by the device's number; None where it is not usable
+    """
+
+    def __init__(
+        self, name: str, *, generations: tuple[int, ...], functions: Callable[[], F], does: str, instead: str
+    ) -> None:
+        self.name, self.generations, self.functions = name, generations, functions
+        self.does, self.instead = does, instead
+        self.loaded: dict[int | None, F | None] = {}
+
+    def is_usable(self, device: torch.device) -> bool:
+        """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
+        if device.index not in self.loaded and not torch.compiler.is_compiling():
+            self.loaded[device.index] = self._load(device)
+        return self.is_loaded(device)
+
+    def is_loaded(self, device: torch.device) -> bool:
+        """Whether something was large enough for it on this GPU, and it is usable."""
+        return self.loaded.get(device.index) is not None
+
+    def on(self, device: torch.device) -> F:
+        """Its functions, on a GPU where it is usable."""
+        found = self.loaded[device.index]
+        assert found is not None, f"{self.name} is not usable here"
+        return found
+
+    def _load(self, device: torch.device) -> F | None:
+        if devices.generation(device) not in self.generations:
+            return None
+        try:
+            version = importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        keep_in_home()
+        try:
+            found = self.functions()
+        except Exception as error:  # noqa: BLE001 - another version, or one whose parts do not go with each other
+            why = f"{type(error).__name__}: {error}"
+            log.warning(f"{self.name} {version} is installed, but does not load ({why}); {self.instead}")
+            return None
+        log.info(f"{self.does} ({self.name} {version})")
+        return found

@@ -1,0 +1,81 @@
+"""A package of kernels is asked for once on each GPU, and one that cannot be used is left alone."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from pentode import device as devices
+from pentode.ops.kernel_package import KernelPackage
+
+HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+class Told:
+    """What was logged, and how often the package was imported; `error` is what that raises."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.imports = 0
+        self.error: Exception | None = None
+
+    def functions(self) -> str:
+        self.imports += 1
+        if self.error is not None:
+            raise self.error
+        return "functions"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    found = Told()
+    monkeypatch.setattr("pentode.log.warning", found.lines.append)
+    monkeypatch.setattr("pentode.log.info", found.lines.append)
+    monkeypatch.setattr("pentode.ops.kernel_package.keep_in_home", lambda: None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2")
+    monkeypatch.setattr(devices, "generation", lambda device: 9 if device == HERE else 8)
+    return found
+
+
+def package(told: Told) -> KernelPackage[str]:
+    return KernelPackage(
+        "kernels", generations=(9, 10), functions=told.functions, does="Sums by kernels", instead="torch adds"
+    )
+
+
+def test_it_is_imported_once_where_its_kernels_are_for_the_gpu(told: Told) -> None:
+    kernels = package(told)
+    assert not kernels.is_loaded(HERE), "nothing has asked for it"
+    assert [kernels.is_usable(HERE) for _ in range(3)] == [True] * 3
+    assert kernels.is_loaded(HERE)
+    assert kernels.on(HERE) == "functions"
+    assert [kernels.is_usable(THERE) for _ in range(3)] == [False] * 3
+    assert (told.imports, told.lines) == (1, ["Sums by kernels (kernels 1.2)"])
+    with pytest.raises(AssertionError, match="kernels is not usable here"):
+        kernels.on(THERE)
+
+
+def test_what_is_being_compiled_imports_nothing(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = package(told)
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not kernels.is_usable(HERE)
+    assert told.imports == 0
+    assert kernels.is_usable(HERE), "it was not taken for one that is missing"
+
+
+def test_one_that_is_not_installed_is_not_told(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    assert not package(told).is_usable(HERE)
+    assert (told.imports, told.lines) == (0, [])
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'part'"), TypeError("it takes others")])
+def test_one_that_does_not_load_is_told_once(told: Told, error: Exception) -> None:
+    kernels, told.error = package(told), error
+    assert not any(kernels.is_usable(HERE) for _ in range(3))
+    why = f"{type(error).__name__}: {error}"
+    assert told.lines == [f"kernels 1.2 is installed, but does not load ({why}); torch adds"]
