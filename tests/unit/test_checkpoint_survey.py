@@ -64,7 +64,8 @@ def flip(path: Path, draw: Callable[..., Any]) -> None:
 
 
 def cut(path: Path, draw: Callable[..., Any]) -> None:
-    os.truncate(path, draw(st.integers(0, path.stat().st_size - 1)))
+    least = 2 if path.name == "manifest.json" else 1  # its last byte, a newline, says nothing: its digest still holds
+    os.truncate(path, draw(st.integers(0, path.stat().st_size - least)))
 
 
 def lengthen(path: Path, draw: Callable[..., Any]) -> None:
