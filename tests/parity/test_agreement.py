@@ -238,6 +238,6 @@ def test_a_log_that_one_rank_cannot_write_ends_all_with_74(rank: int, tmp_path: 
     file, path = tiny_yaml(tmp_path), tmp_path / "run" / "logs" / f"rank-{rank}.log"
     path.mkdir(parents=True)
     codes, text = started_by_slurm(file, TWO, TWO)
-    assert codes == [74, 74]
+    assert codes == [74, 74], text
     assert text.startswith(f"pentode: rank {rank}: {path}: Is a directory")
     assert text.count("\n") == 1
