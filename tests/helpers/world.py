@@ -11,7 +11,10 @@ import gc
 import importlib
 import importlib.util
 import multiprocessing
+import os
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +33,7 @@ HERE = "127.0.0.1"
 PATIENCE = 300.0  # seconds after which ranks are taken for hung
 SILENCE = 120.0  # seconds after which a rank tells where it stands
 GRACE = 5.0  # seconds that the others have to fail, too, when one has
+LAST_WORDS = 8000  # bytes shown of what a rank that ended, or hangs, wrote to its stderr
 
 multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
 
@@ -38,6 +42,17 @@ multiprocessing.set_forkserver_preload(["tests.helpers.warm"])
 class _Rank:
     process: BaseProcess
     pipe: Connection
+    stderr: Path
+
+    def end(self) -> str:
+        """How it ended, by itself, and what it said last."""
+        self.process.join(GRACE)
+        code = self.process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        return f"the process has ended: {how}\n{self.last_words()}"
+
+    def last_words(self) -> str:
+        return self.stderr.read_bytes()[-LAST_WORDS:].decode(errors="replace")
 
 
 class World:
@@ -48,15 +63,18 @@ class World:
         self.start = "spawn" if backend == "nccl" else "forkserver"  # what the server has imported looked for GPUs
         self._ranks: list[_Rank] = []
         self._calls = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="world-")
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         """Call `body` on every rank of a new process group; what each returned, in order."""
         context = multiprocessing.get_context(self.start)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, self.backend), daemon=True)
+            stderr = Path(self._folder.name, f"rank-{len(self._ranks)}")
+            process = context.Process(target=_serve, args=(there, self.backend, stderr), daemon=True)
             process.start()
-            self._ranks.append(_Rank(process, here))
+            there.close()
+            self._ranks.append(_Rank(process, here, stderr))
         helper = body.__module__.startswith("tests.helpers.")  # a test's own module has another name there
         source = body.__module__ if helper else str(sys.modules[body.__module__].__file__)
         self._calls += 1
@@ -66,9 +84,10 @@ class World:
         found = self._collect(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(found.items()) if not good]
         if failures or len(found) < ranks:
-            self.close()
             silent = sorted(set(range(ranks)) - found.keys())
-            raise AssertionError("\n".join(failures) + (f"\nno answer from ranks {silent}" if silent else ""))
+            failures += [f"no answer from rank {rank}:\n{self._ranks[rank].last_words()}" for rank in silent]
+            self.close()
+            raise AssertionError("\n".join(failures))
         return [found[rank][1] for rank in range(ranks)]
 
     def close(self) -> None:
@@ -90,7 +109,7 @@ class World:
                 try:
                     found[rank] = pipe.recv()
                 except EOFError:
-                    found[rank] = False, "the process has ended"
+                    found[rank] = False, self._ranks[rank].end()
                 if not found[rank][0]:
                     end = min(end, time.monotonic() + GRACE)
         return found
@@ -104,11 +123,14 @@ def meeting_place() -> "dist.TCPStore":
     return dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
 
 
-def _serve(pipe: Connection, backend: str) -> None:
-    """Do what is asked until nobody asks any more."""
+def _serve(pipe: Connection, backend: str, stderr: Path) -> None:
+    """Do what is asked until nobody asks any more; what is said on stderr, a signal's traceback too, is in a file."""
     import torch
     import torch.distributed as dist
 
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
     torch.set_num_threads(1)
     gc.freeze()
     modules: dict[str, Any] = {}
