@@ -12,19 +12,25 @@ import torch
 from hypothesis import settings
 
 from pentode import log
+from tests.helpers.interpreted import interpret
 
 torch.set_num_threads(1)
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 settings.register_profile("pentode", deadline=None, derandomize="CI" in os.environ)  # CI: the same examples every time
 settings.load_profile("pentode")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+    """Skip what needs a GPU where there is none; where there is one, kernels run on it."""
+    for item in items:
+        if not ON_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+        elif ON_GPU and "kernels" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +43,13 @@ def fresh_log() -> None:
 def fixed_seed() -> None:
     """A test that draws from torch's generator draws the same numbers alone and among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where operators are kernels of ours: a GPU, or, without one, the CPU, by Triton's interpreter."""
+    if ON_GPU:
+        return torch.device("cuda")
+    pytest.importorskip("triton")
+    interpret(monkeypatch)
+    return torch.device("cpu")

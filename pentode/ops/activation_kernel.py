@@ -1,5 +1,4 @@
 """Triton kernels: SwiGLU and its backward. Imported only where a GPU runs them."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """Triton kernels: the passes of a cross-entropy, each one reading. Imported only where a GPU runs them."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """A Triton kernel: a matrix to float8, by rows and by columns at once. Imported only where a GPU runs it."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton

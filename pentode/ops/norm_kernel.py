@@ -1,5 +1,4 @@
 """Triton kernels: a norm beside its stream, and its backward. Imported only where a GPU runs them."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """Triton kernels: rotary positions of all heads of a fused layer, and back. Imported only where a GPU runs them."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl

@@ -1,5 +1,4 @@
 """A Triton kernel: AdamW's update, which reads and writes everything once. Imported only where a GPU runs it."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton

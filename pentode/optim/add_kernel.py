@@ -1,5 +1,4 @@
 """A Triton kernel: a gradient added to a wider sum. Imported only where a GPU runs it."""
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl

@@ -8,6 +8,8 @@ from torch import Tensor
 from pentode.ops import activation
 from pentode.ops.activation import ACTIVATIONS, gated, swiglu_backward, swiglu_backward_measured
 
+SIZES = [(3, 2048), (65 if torch.cuda.is_available() else 5, 5000), (1, 24)]  # tokens and features of kernels
+
 
 def operands(tokens: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The gradient [T, F] and [gate, up] [T, 2F]."""
@@ -51,11 +53,10 @@ def test_a_compiled_gate_has_the_gradient_of_a_plain_one() -> None:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("tokens", "features"), [(3, 2048), (65, 5000), (1, 24)])
-def test_the_kernel_is_the_plain_form(tokens: int, features: int, dtype: torch.dtype) -> None:
-    grad, gate_up = (x.cuda() for x in operands(tokens, features, dtype))
+@pytest.mark.parametrize(("tokens", "features"), SIZES)
+def test_the_kernel_is_the_plain_form(kernels: torch.device, tokens: int, features: int, dtype: torch.dtype) -> None:
+    grad, gate_up = (x.to(kernels) for x in operands(tokens, features, dtype))
     x = gate_up.float().clone().requires_grad_()
     gate, up = x.chunk(2, dim=1)
     (F.silu(gate) * up).backward(grad.float())
@@ -65,11 +66,10 @@ def test_the_kernel_is_the_plain_form(tokens: int, features: int, dtype: torch.d
     assert torch.equal(y.grad, swiglu_backward(grad, gate_up))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("tokens", "features"), [(3, 2048), (65, 5000), (1, 24)])
-def test_the_kernel_finds_the_largest(tokens: int, features: int, dtype: torch.dtype) -> None:
-    grad, gate_up = (x.cuda() for x in operands(tokens, features, dtype))
+@pytest.mark.parametrize(("tokens", "features"), SIZES)
+def test_the_kernel_finds_the_largest(kernels: torch.device, tokens: int, features: int, dtype: torch.dtype) -> None:
+    grad, gate_up = (x.to(kernels) for x in operands(tokens, features, dtype))
     found, largest = swiglu_backward_measured(grad, gate_up)
     assert torch.equal(found, swiglu_backward(grad, gate_up))
     assert largest.item() == found.abs().max().item()
