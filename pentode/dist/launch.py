@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pentode.dist import symmetric
+from pentode.dist import gloo, symmetric
 from pentode.dist.board import wait_for
 from pentode.dist.leaving import raise_if_one_left
 from pentode.dist.together import ranks_in_words, tell_once
@@ -171,7 +171,7 @@ def connect(here: World, *, backend: str, device: torch.device, store: dist.Stor
     if here.size > 1 and not dist.is_initialized():
         own = device if device.index is not None else None  # a GPU of its own, which NCCL wants to know at once
         dist.init_process_group(
-            backend,
+            gloo.register() if backend == "gloo" else backend,
             store=store or meet(here),
             rank=here.rank,
             world_size=here.size,

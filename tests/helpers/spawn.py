@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from pentode.dist import gloo
+
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis"])
 
 
@@ -39,7 +41,7 @@ def _rank_main(
     module = importlib.util.module_from_spec(spec)
     sys.modules[source.stem] = module
     spec.loader.exec_module(module)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    dist.init_process_group(gloo.register(), init_method=rendezvous, rank=rank, world_size=world_size)
     try:
         getattr(module, name)(**arguments)
     finally:

@@ -128,6 +128,9 @@ def _serve(pipe: Connection, backend: str, stderr: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from pentode.dist import gloo
+
+    backend = gloo.register() if backend == "gloo" else backend
     with stderr.open("wb") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     faulthandler.enable()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pentode.dist import gloo
 from tests.mutation.mutants import STAND_INS
 
 PAUSE = 0.01  # seconds by which slow messages are late
@@ -193,7 +194,7 @@ def _rank(rank: int, ranks: int, number: int, folder: Path, orders: Orders, meet
     try:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)  # memory that nobody has written is full of NaN
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+        dist.init_process_group(gloo.register(), init_method=meeting, rank=rank, world_size=ranks)
         case = layouts.LAYOUTS[number]
         layouts.check(case, orders.expected / f"{layouts.PROBLEMS.index(case.problem)}.pt", rank=rank)
     except Exception as error:  # noqa: BLE001

@@ -1,0 +1,39 @@
+"""Process groups of CPUs: torch's gloo, with one thread a group.
+
+torch itself gives a group two threads. Each writes the name of the collective that it has finished into the group's
+status, without a lock (`ProcessGroupGloo::runLoop`, in torch 2.11 to 2.14), and a name too long for the string itself
+lies on the heap. Once in some ten million collectives both free the same one, and soon after that the process dies.
+"""
+
+# torch's stubs do not know the options of these groups.
+# pyright: reportAttributeAccessIssue=false
+
+import os
+
+import torch.distributed as dist
+
+NAME = "gloo_in_order"  # what torch.distributed.get_backend says of them
+
+
+def register() -> str:
+    """Have torch know these groups: the name of the backend to ask for; torch's own, if this torch has no options."""
+    if not hasattr(dist.ProcessGroupGloo, "_Options"):
+        return dist.Backend.GLOO
+    if NAME not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAME, _group, extended_api=True, devices=["cpu"])
+    return NAME
+
+
+def _group(asked: "dist.distributed_c10d._DistributedBackendOptions", _: object) -> dist.ProcessGroupGloo:
+    """What torch makes of "gloo", but for the number of threads."""
+    options = dist.ProcessGroupGloo._Options()
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options._devices = [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces] or [
+        dist.ProcessGroupGloo.create_default_device()
+    ]
+    options._threads = 1
+    options._timeout = asked.timeout
+    options.global_ranks_in_group, options.group_name = asked.global_ranks_in_group, asked.group_id
+    group = dist.ProcessGroupGloo(asked.store, asked.group_rank, asked.group_size, options)
+    group._set_sequence_number_for_group()
+    return group
