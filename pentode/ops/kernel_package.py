@@ -1,8 +1,9 @@
 """Packages of kernels that a user may have installed, beside torch's: loaded when something is large enough."""
 
 import importlib.metadata
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -55,10 +56,35 @@ class KernelPackage(Generic[F]):
             return None
         keep_in_home()
         try:
-            found = self.functions()
+            with undecorated():
+                found = self.functions()
         except Exception as error:  # noqa: BLE001 - another version, or one whose parts do not go with each other
             why = f"{type(error).__name__}: {error}"
             log.warning(f"{self.name} {version} is installed, but does not load ({why}); {self.instead}")
             return None
         log.info(f"{self.does} ({self.name} {version})")
         return found
+
+
+@contextmanager
+def undecorated() -> Iterator[None]:
+    """Leave functions of modules imported meanwhile as they are where those mark them for torch's compiler.
+
+    The marks would import it, most of what flash-attn-4 and quack-kernels take to import (docs/performance.md). What
+    is used of such a package here is called by operators that the compiler does not look into.
+    """
+    before = torch.compile, torch.compiler.disable
+    setattr(torch, "compile", _unmarked)  # noqa: B010
+    setattr(torch.compiler, "disable", _unmarked)  # noqa: B010
+    try:
+        yield
+    finally:
+        torch.compile, torch.compiler.disable = before
+
+
+def _unmarked(function: Any = None, *_: Any, recompile_limit: int | None = None, **options: Any) -> Any:
+    """The function itself, for a mark with or without options.
+
+    `recompile_limit` is named since quack-kernels asks for it: without it, it would set the compiler's configuration.
+    """
+    return function if callable(function) else lambda marked: marked

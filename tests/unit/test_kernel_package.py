@@ -1,12 +1,16 @@
 """A package of kernels is asked for once on each GPU, and one that cannot be used is left alone."""
 
 import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from pentode import device as devices
 from pentode.ops.kernel_package import KernelPackage
+from tests.helpers.source import ROOT
 
 HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -79,3 +83,53 @@ def test_one_that_does_not_load_is_told_once(told: Told, error: Exception) -> No
     assert not any(kernels.is_usable(HERE) for _ in range(3))
     why = f"{type(error).__name__}: {error}"
     assert told.lines == [f"kernels 1.2 is installed, but does not load ({why}); torch adds"]
+
+
+MARKED = """
+import inspect
+import torch
+
+@torch.compiler.disable
+def one(): ...
+
+@torch.compiler.disable(recursive=False)
+def two(): ...
+
+@torch.compile
+def three(): ...
+
+four = torch.compile(three, dynamic=False, recompile_limit=64)
+assert "recompile_limit" in inspect.signature(torch.compile).parameters
+assert [f.__name__ for f in (one, two, three, four)] == ["one", "two", "three", "three"]
+"""
+IMPORTS = """
+import sys
+import torch
+from pentode.ops.kernel_package import undecorated
+
+own = torch.compile, torch.compiler.disable
+try:
+    with undecorated():
+        import marked
+        raise KeyError
+except KeyError:
+    pass
+assert own == (torch.compile, torch.compiler.disable)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_functions_that_a_package_marks_for_the_compiler_do_not_import_it(tmp_path: Path) -> None:
+    (tmp_path / "marked.py").write_text(MARKED)
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", IMPORTS], env=paths, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_package_is_imported_with_its_functions_as_they_are(told: Told) -> None:
+    marks: list[object] = []
+    kernels = KernelPackage(
+        "kernels", generations=(9,), functions=lambda: marks.append(torch.compile), does="Sums", instead="torch adds"
+    )
+    kernels.is_usable(HERE)
+    assert marks != [torch.compile]
