@@ -9,6 +9,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # read when triton is imported
+
 from hypothesis import settings
 
 from pentode import log
@@ -16,8 +19,6 @@ from tests.helpers.interpreted import interpret
 
 torch.set_num_threads(1)
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 settings.register_profile("pentode", deadline=None, derandomize="CI" in os.environ)  # CI: the same examples every time
 settings.load_profile("pentode")

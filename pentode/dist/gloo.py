@@ -1,8 +1,10 @@
 """Process groups of CPUs: torch's gloo, with one thread a group.
 
-torch itself gives a group two threads. Each writes the name of the collective that it has finished into the group's
-status, without a lock (`ProcessGroupGloo::runLoop`, in torch 2.11 to 2.14), and a name too long for the string itself
-lies on the heap. Once in some ten million collectives both free the same one, and soon after that the process dies.
+The groups that torch makes of "gloo" have two. Each writes the name of the collective that it has finished into one
+string of the group, without a lock (`ProcessGroupGloo::runLoop`), and a long name's memory is the heap's. Once in some
+ten million collectives both free the same memory, and soon after that the process dies.
+
+To torch these are groups of another backend: for CPUs alone, and without `monitored_barrier`.
 """
 
 # torch's stubs do not know the options of these groups.
@@ -12,7 +14,7 @@ import os
 
 import torch.distributed as dist
 
-NAME = "gloo_in_order"  # what torch.distributed.get_backend says of them
+NAME = "gloo_one_thread"  # what torch.distributed.get_backend says of them
 
 
 def register() -> str:
@@ -25,7 +27,7 @@ def register() -> str:
 
 
 def _group(asked: "dist.distributed_c10d._DistributedBackendOptions", _: object) -> dist.ProcessGroupGloo:
-    """What torch makes of "gloo", but for the number of threads."""
+    """What torch makes of "gloo", with its options, but for the number of threads."""
     options = dist.ProcessGroupGloo._Options()
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     options._devices = [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces] or [

@@ -1,4 +1,4 @@
-"""Triton kernels: SwiGLU and its backward. Imported only where a GPU runs them."""
+"""Triton kernels: SwiGLU and its backward. Imported only where they run."""
 
 import torch
 import triton

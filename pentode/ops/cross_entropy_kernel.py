@@ -1,4 +1,4 @@
-"""Triton kernels: the passes of a cross-entropy, each one reading. Imported only where a GPU runs them."""
+"""Triton kernels: the passes of a cross-entropy, each one reading. Imported only where they run."""
 
 import torch
 import triton

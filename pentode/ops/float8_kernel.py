@@ -1,4 +1,4 @@
-"""A Triton kernel: a matrix to float8, by rows and by columns at once. Imported only where a GPU runs it."""
+"""A Triton kernel: a matrix to float8, by rows and by columns at once. Imported only where it runs."""
 
 import torch
 import triton

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from pentode import log
 from pentode.ops.kept_kernels import keep_in_home
 
 F = TypeVar("F")
+MARKS = Lock()  # held by who replaces them
 
 
 class KernelPackage(Generic[F]):
@@ -71,20 +73,24 @@ def undecorated() -> Iterator[None]:
     """Leave functions of modules imported meanwhile as they are where those mark them for torch's compiler.
 
     The marks would import it, most of what flash-attn-4 and quack-kernels take to import (docs/performance.md). What
-    is used of such a package here is called by operators that the compiler does not look into.
+    is used of such a package here is called by operators that the compiler does not look into. What another thread
+    marks meanwhile stays as it is, too.
     """
-    before = torch.compile, torch.compiler.disable
-    setattr(torch, "compile", _unmarked)  # noqa: B010
-    setattr(torch.compiler, "disable", _unmarked)  # noqa: B010
-    try:
-        yield
-    finally:
-        torch.compile, torch.compiler.disable = before
+    with MARKS:
+        before = torch.compile, torch.compiler.disable
+        setattr(torch, "compile", _unmarked)  # noqa: B010
+        setattr(torch.compiler, "disable", _unmarked)  # noqa: B010
+        try:
+            yield
+        finally:
+            torch.compile, torch.compiler.disable = before
 
 
-def _unmarked(function: Any = None, *_: Any, recompile_limit: int | None = None, **options: Any) -> Any:
-    """The function itself, for a mark with or without options.
+def _unmarked(
+    function: Any = None, *_: Any, model: Any = None, fn: Any = None, recompile_limit: int | None = None, **options: Any
+) -> Any:
+    """The function itself, by whatever name the mark has it; for one of options alone, what leaves it as it is.
 
-    `recompile_limit` is named since quack-kernels asks for it: without it, it would set the compiler's configuration.
+    quack-kernels looks for `recompile_limit`, and where there is none it sets the compiler's configuration.
     """
-    return function if callable(function) else lambda marked: marked
+    return next((given for given in (function, model, fn) if given is not None), lambda later: later)

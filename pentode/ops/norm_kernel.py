@@ -1,4 +1,4 @@
-"""Triton kernels: a norm beside its stream, and its backward. Imported only where a GPU runs them."""
+"""Triton kernels: a norm beside its stream, and its backward. Imported only where they run."""
 
 import torch
 import triton

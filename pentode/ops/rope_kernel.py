@@ -1,4 +1,4 @@
-"""Triton kernels: rotary positions of all heads of a fused layer, and back. Imported only where a GPU runs them."""
+"""Triton kernels: rotary positions of all heads of a fused layer, and back. Imported only where they run."""
 
 import triton
 import triton.language as tl

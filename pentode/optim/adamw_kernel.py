@@ -1,4 +1,4 @@
-"""A Triton kernel: AdamW's update, which reads and writes everything once. Imported only where a GPU runs it."""
+"""A Triton kernel: AdamW's update, which reads and writes everything once. Imported only where it runs."""
 
 import torch
 import triton

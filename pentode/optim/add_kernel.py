@@ -1,4 +1,4 @@
-"""A Triton kernel: a gradient added to a wider sum. Imported only where a GPU runs it."""
+"""A Triton kernel: a gradient added to a wider sum. Imported only where it runs."""
 
 import triton
 import triton.language as tl

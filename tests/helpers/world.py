@@ -12,12 +12,14 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -48,7 +50,8 @@ class _Rank:
         """How it ended, by itself, and what it said last."""
         self.process.join(GRACE)
         code = self.process.exitcode
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        names = {-one.value: one.name for one in signal.Signals}
+        how = names.get(code, f"exit code {code}")
         return f"the process has ended: {how}\n{self.last_words()}"
 
     def last_words(self) -> str:
@@ -63,14 +66,18 @@ class World:
         self.start = "spawn" if backend == "nccl" else "forkserver"  # what the server has imported looked for GPUs
         self._ranks: list[_Rank] = []
         self._calls = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="world-")
+        self._folder: Path | None = (
+            None  # of what ranks write to stderr; a rank imports this module, too, and needs none
+        )
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         """Call `body` on every rank of a new process group; what each returned, in order."""
         context = multiprocessing.get_context(self.start)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
-            stderr = Path(self._folder.name, f"rank-{len(self._ranks)}")
+            self._folder = self._folder or Path(tempfile.mkdtemp(prefix="world-"))
+            stderr = self._folder / f"rank-{len(self._ranks)}"
+            stderr.write_bytes(b"")
             process = context.Process(target=_serve, args=(there, self.backend, stderr), daemon=True)
             process.start()
             there.close()
@@ -80,7 +87,8 @@ class World:
         self._calls += 1
         meeting = meeting_place().port, f"call {self._calls} of {id(self)}"
         for rank, one in enumerate(self._ranks[:ranks]):
-            one.pipe.send((source, body.__name__, rank, ranks, meeting, arguments))
+            with suppress(BrokenPipeError):  # it has ended since the last call: `_collect` tells
+                one.pipe.send((source, body.__name__, rank, ranks, meeting, arguments))
         found = self._collect(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(found.items()) if not good]
         if failures or len(found) < ranks:
@@ -96,6 +104,9 @@ class World:
             one.process.kill()
             one.process.join()
         self._ranks.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder = None
 
     def _collect(self, ranks: int) -> dict[int, tuple[bool, Any]]:
         """(success, result or traceback) by rank, of those that answered in time."""
@@ -108,7 +119,7 @@ class World:
                 rank = pipes.pop(pipe)
                 try:
                     found[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     found[rank] = False, self._ranks[rank].end()
                 if not found[rank][0]:
                     end = min(end, time.monotonic() + GRACE)
@@ -125,15 +136,16 @@ def meeting_place() -> "dist.TCPStore":
 
 def _serve(pipe: Connection, backend: str, stderr: Path) -> None:
     """Do what is asked until nobody asks any more; what is said on stderr, a signal's traceback too, is in a file."""
+    with stderr.open("ab") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
+
     import torch
     import torch.distributed as dist
 
     from pentode.dist import gloo
 
     backend = gloo.register() if backend == "gloo" else backend
-    with stderr.open("wb") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    faulthandler.enable()
     torch.set_num_threads(1)
     gc.freeze()
     modules: dict[str, Any] = {}

@@ -27,8 +27,9 @@ LLAMA = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
-# float32: sums of some thousand numbers; bfloat16: 8 bits, and where a kernel rounds once torch may have rounded twice
-CLOSE = {"float32": 1e-5, "bfloat16": 2e-2}
+# How far loss and norm may be. float32: 3e-7 was seen. bfloat16: 3e-4 and 9e-3, where a kernel rounds once and torch
+# has rounded twice, each time to 8 bits; a wrong kernel is rather found in float32.
+CLOSE = {"float32": (2e-6, 2e-6), "bfloat16": (1e-3, 2e-2)}
 
 
 def trained(folder: Path, dtype: str) -> list[list[float]]:
@@ -44,6 +45,7 @@ def trained(folder: Path, dtype: str) -> list[list[float]]:
 def test_kernels_train_as_torchs_operators_do(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, sums: bool
 ) -> None:
+    pytest.importorskip("triton")
     plain = trained(tmp_path, dtype)
     request.getfixturevalue("kernels")
     monkeypatch.setattr(moving, "LARGE", 0)
@@ -58,7 +60,8 @@ def test_kernels_train_as_torchs_operators_do(
         "update_",
     } | ({"add_"} if dtype == "bfloat16" else set())
     for got, want in zip(found, plain, strict=True):
-        assert got == pytest.approx(want, rel=CLOSE[dtype])
+        for one, other, close in zip(got, want, CLOSE[dtype], strict=True):
+            assert one == pytest.approx(other, rel=close)
 
 
 def note_calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:

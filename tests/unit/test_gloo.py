@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def threads() -> int:
 
 
 def groups_and_threads() -> tuple[list[str], int, int]:
-    """The backends of three groups, one at named interfaces, how many threads each has; and the sum of ranks."""
+    """The backends of three groups, one of them at two interfaces; their threads; what they summed up."""
     total = torch.tensor(dist.get_rank())
     dist.all_reduce(total)  # a thread has its name once it has done something
     before = threads()
@@ -33,9 +34,29 @@ def groups_and_threads() -> tuple[list[str], int, int]:
     return [dist.get_backend(group) for group in groups], threads() - before, int(total)
 
 
+def options_of_groups() -> tuple[timedelta, str]:
+    """How long a group waits that was told so, and what is said of an interface that is not there."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=601.5))
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    os.environ["GLOO_SOCKET_IFNAME"] = "nosuch0"
+    try:
+        dist.new_group([0, 1])
+    except RuntimeError as error:
+        return timeout, str(error)
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    return timeout, "nothing"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_a_group_has_one_thread() -> None:
     assert WORLD.run(groups_and_threads, 2) == [([gloo.NAME] * 3, 3, 2**3)] * 2
+
+
+def test_groups_have_torchs_options() -> None:
+    for timeout, said in WORLD.run(options_of_groups, 2):
+        assert timeout == timedelta(seconds=601.5)
+        assert "nosuch0" in said
 
 
 def test_a_torch_without_options_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

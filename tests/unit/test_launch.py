@@ -182,9 +182,10 @@ def test_a_rank_that_a_signal_ended_is_named(
 
 JOIN = """
 import torch, torch.distributed as dist
-from pentode.dist import launch
+from pentode.dist import gloo, launch
 here = launch.world()
 launch.connect(here, backend="gloo", device=torch.device("cpu"))
+assert dist.get_backend() == gloo.NAME
 total = torch.tensor([10.0**here.rank])
 dist.all_reduce(total)
 print(here.rank, here.local_rank, int(total))
