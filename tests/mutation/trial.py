@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pentode.dist import gloo
 from tests.mutation.mutants import STAND_INS
 
 PAUSE = 0.01  # seconds by which slow messages are late
@@ -186,6 +185,7 @@ def _collect(pipes: dict[Connection, int], number: int, patience: float) -> Verd
 
 def _rank(rank: int, ranks: int, number: int, folder: Path, orders: Orders, meeting: str, pipe: Connection) -> None:
     """The body of a rank's process."""
+    from pentode.dist import gloo
     from tests.mutation import layouts
 
     how, said = "agrees", ""
