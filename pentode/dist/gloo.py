@@ -1,8 +1,9 @@
 """Process groups of CPUs: torch's gloo, with one thread a group.
 
 The groups that torch makes of "gloo" have two. Each writes the name of the collective that it has finished into one
-string of the group, without a lock (`ProcessGroupGloo::runLoop`), and a long name's memory is the heap's. Once in some
-ten million collectives both free the same memory, and soon after that the process dies.
+string of the group, without a lock (`ProcessGroupGloo::runLoop`, torch 2.13). An all-gather's, ALLGATHER_COALESCED, lies
+on the heap, and when both free the same memory the process dies soon after, by SIGSEGV or SIGABRT: within seconds where
+it does nothing else, and once in some thousand short runs.
 
 To torch these are groups of another backend: for CPUs alone, and without `monitored_barrier`.
 """

@@ -1,6 +1,7 @@
 """A process group of CPUs has one thread for its collectives: two, as torch makes them, can corrupt the heap."""
 
 import os
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pentode.dist import gloo
+from tests.helpers.source import ROOT
 from tests.helpers.world import WORLD
 
 
@@ -57,6 +59,25 @@ def test_groups_have_torchs_options() -> None:
     for timeout, said in WORLD.run(options_of_groups, 2):
         assert timeout == timedelta(seconds=601.5)
         assert "nosuch0" in said
+
+
+MANY = """
+import torch
+import torch.distributed as dist
+from pentode.dist import gloo
+
+dist.init_process_group(gloo.register(), store=dist.HashStore(), rank=0, world_size=1)
+group, x = dist.group.WORLD.group_name, torch.ones(4)
+gather, wait = torch.ops._c10d_functional.all_gather_into_tensor, torch.ops._c10d_functional.wait_tensor
+for _ in range(2000):
+    for one in [gather(x, 1, group) for _ in range(64)]:
+        wait(one)
+"""
+
+
+def test_many_collectives_at_a_time_end_no_process() -> None:
+    done = subprocess.run([sys.executable, "-c", MANY], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_torch_without_options_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ def number_or_end(number: int | None = None) -> int:
     return dist.get_rank()
 
 
-@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL, signal.SIGRTMIN + 1], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGRTMIN + 1], ids=str)
 def test_a_rank_that_a_signal_ends_tells(number: int) -> None:
     world = World()
     try:
