@@ -1,9 +1,9 @@
 """Process groups of CPUs: torch's gloo, with one thread a group.
 
 The groups that torch makes of "gloo" have two. Each writes the name of the collective that it has finished into one
-string of the group, without a lock (`ProcessGroupGloo::runLoop`, torch 2.13). An all-gather's, ALLGATHER_COALESCED, lies
-on the heap, and when both free the same memory the process dies soon after, by SIGSEGV or SIGABRT: within seconds where
-it does nothing else, and once in some thousand short runs.
+string of the group, without a lock (`ProcessGroupGloo::runLoop`, in torch 2.11 to 2.14). An all-gather's name,
+ALLGATHER_COALESCED, lies on the heap, and when both free the same memory the process dies soon after, by SIGSEGV or
+SIGABRT: within seconds where it does nothing but gather, and once in some thousand short runs.
 
 To torch these are groups of another backend: for CPUs alone, and without `monitored_barrier`.
 """
@@ -37,6 +37,4 @@ def _group(asked: "dist.distributed_c10d._DistributedBackendOptions", _: object)
     options._threads = 1
     options._timeout = asked.timeout
     options.global_ranks_in_group, options.group_name = asked.global_ranks_in_group, asked.group_id
-    group = dist.ProcessGroupGloo(asked.store, asked.group_rank, asked.group_size, options)
-    group._set_sequence_number_for_group()
-    return group
+    return dist.ProcessGroupGloo(asked.store, asked.group_rank, asked.group_size, options)

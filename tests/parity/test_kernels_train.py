@@ -45,7 +45,7 @@ def trained(folder: Path, dtype: str) -> list[list[float]]:
 def test_kernels_train_as_torchs_operators_do(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, sums: bool
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")
     plain = trained(tmp_path, dtype)
     request.getfixturevalue("kernels")
     monkeypatch.setattr(moving, "LARGE", 0)
