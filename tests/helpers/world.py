@@ -66,9 +66,7 @@ class World:
         self.start = "spawn" if backend == "nccl" else "forkserver"  # what the server has imported looked for GPUs
         self._ranks: list[_Rank] = []
         self._calls = 0
-        self._folder: Path | None = (
-            None  # of what ranks write to stderr; a rank imports this module, too, and needs none
-        )
+        self._folder: Path | None = None  # of what ranks write to stderr, from the first rank on
 
     def run(self, body: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         """Call `body` on every rank of a new process group; what each returned, in order."""
