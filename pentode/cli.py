@@ -1,5 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that help, check and completion never load torch."""
 
+import gc
 import os
 import signal
 import sys
@@ -296,7 +297,10 @@ def doctor() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0, or the code that its error carries (`pentode.errors`)."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    code = run_command(sys.argv[1:] if arguments is None else arguments)
+    if "torch.distributed" in sys.modules:
+        gc.collect()  # a process group that stands in a cycle has a thread, which may abort a process as Python ends
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
