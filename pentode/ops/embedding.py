@@ -43,8 +43,9 @@ class _SummingEmbedding(torch.autograd.Function):
 def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     """total[rows] += grad: with the same bits each time, and soon where one row is named by many tokens, too.
 
-    What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts. A row is
-    then named once; places that are left over add zeros to some row, which in any order gives the same sum.
+    What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts; in the
+    total's dtype, as the kernel for few tokens rounds each part to what it is given. A row is then named once; places
+    that are left over add zeros to some row, which in any order gives the same sum.
     """
     T = rows.shape[0]
     ordered, order = rows.sort()
@@ -53,5 +54,5 @@ def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
     place = place.cumsum(0)
     places, named = torch.empty_like(rows), torch.arange(T, device=rows.device) % total.shape[0]
     places[order], named[place] = place, ordered
-    parts = torch.ops.aten.embedding_dense_backward(grad, places, T, -1, False)  # [T, D]
-    total.index_add_(0, named, parts.to(total.dtype))
+    parts = torch.ops.aten.embedding_dense_backward(grad.to(total.dtype), places, T, -1, False)  # [T, D]
+    total.index_add_(0, named, parts)

@@ -36,7 +36,7 @@ class Functions(NamedTuple):
 
     gated           (A, B, ...) -> A B, and SwiGLU of it
     gated_backward  (A, B, PreAct, ...) -> SwiGLU's gradient, of A B, and SwiGLU, of what it was applied to
-    product         (A, B, out, C=None, ...): A B is written to `out`, or added to it; or A B + C is written
+    product         (A, B, out, C=None, ...): alpha A B is written to `out`, or added to it; or A B + C is written
     tiles           (rows, columns, rows, columns, one ends as another begins) -> how a product is to be cut
     """
 
@@ -67,7 +67,7 @@ def _functions() -> Functions:
     asked = dict.fromkeys(("activation", "tuned", "config"))
     inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)
     inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
-    inspect.signature(found.product).bind(0, 0, 0, C=0, config=0, add_to_output=0, concat_layout=0)
+    inspect.signature(found.product).bind(0, 0, 0, C=0, alpha=0, config=0, add_to_output=0, concat_layout=0)
     return found
 
 
@@ -151,6 +151,11 @@ def weight_gradient(grad: Tensor, x: Tensor, found: GradientSum | None, *, in_tu
     gradient = x.new_empty(grad.shape[1], x.shape[1])
     _product(grad.t(), x, gradient, **halves)
     return gradient
+
+
+def add_weight_gradient(grad: Tensor, x: Tensor, found: GradientSum, scale: Tensor) -> None:
+    """Add the gradient of a weight [N, K], of grad [T, N] and x [T, K], to its sum, times `scale`: 0-d, in its dtype."""
+    _product(grad.t(), x, found.total, add_to_output=found.begin(), alpha=scale.view(1))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, **options: Any) -> None:

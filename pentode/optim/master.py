@@ -142,14 +142,18 @@ class MasterWeights:
                 found.setdefault(name, []).append((begin, tensor[at : at + length]))
         return found
 
-    def start_step(self, micro_batches: int) -> None:
-        """Expect gradients of this many micro-batches; the last step's gradients are given up."""
+    def start_step(self, micro_batches: int, *, loss_scale: Tensor | None = None) -> None:
+        """Expect gradients of this many micro-batches; the last step's gradients are given up.
+
+        loss_scale  0-d: the gradient that each of their backwards gives the loss, where that is known. Each forward
+                    until `finish_gradients` then has its backward
+        """
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)
         self._forget_waiting()
         self._started = 0
         for found in self._sums.values():
-            found.start_step()
+            found.start_step(loss_scale)
         for name, shard in self._unmoved.items():
             shard.gradient = shard.gradient.new_empty(0)
             self.gradients.pop(name, None)
@@ -158,6 +162,8 @@ class MasterWeights:
 
     def finish_gradients(self) -> None:
         """Complete the shards' gradients: zero for what got none, and the sum over all ranks for the rest."""
+        for found in self._sums.values():
+            found.finish_step()
         for name, count in self._arrivals.items():
             if count == 0:
                 self._receive_nothing(name)

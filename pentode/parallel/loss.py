@@ -13,8 +13,9 @@ from torch.autograd.function import FunctionCtx
 
 from pentode.dist import collectives
 from pentode.dist.mesh import Axis
+from pentode.ops import fused_products
 from pentode.ops.cross_entropy import MOST_PRODUCTS, PLAIN, Passes
-from pentode.ops.gradient_sum import sum_of
+from pentode.ops.gradient_sum import GradientSum, sum_of
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
@@ -65,8 +66,9 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
         gradient  of weight: complete for the rows held here; of x: partial over tp, summed by the layer that made x
                   (`Place.enter`)
     Keeps the gradients of x and weight from forward to backward, in place of the logits; the weight's is added to its
-    sum, where there is one. `z_loss` adds that much of each valid token's squared log-sum-exp, which keeps the logits
-    from drifting (arXiv:2204.02311, section 5).
+    sum, where there is one: in forward, where the loss's own gradient is known by then, and a product can add. `z_loss`
+    adds that much of each valid token's squared log-sum-exp, which keeps the logits from drifting (arXiv:2204.02311,
+    section 5).
     """
     if torch.is_grad_enabled():
         return _VocabLoss.apply(x, weight, labels, vocab, z_loss)
@@ -81,28 +83,43 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> Tensor:
         losses, grad_x = [], torch.empty_like(x)
-        products: list[Tensor] = []  # whose sum is the weight's gradient
-        for rows in _slices(x.shape[0], weight.shape[0] * x.itemsize):
+        slices = _slices(x.shape[0], weight.shape[0] * x.itemsize)
+        found = sum_of(weight)
+        scale = _known_scale(found, [x[rows] for rows in slices], weight)
+        products: list[Tensor] = []  # whose sum is the weight's gradient, where none is added at once
+        for rows in slices:
             logits = x[rows] @ weight.T
             losses.append(_slice_loss(logits, labels[rows], vocab, z_loss, differentiate=True))
             grad = logits
             torch.mm(grad, weight, out=grad_x[rows])
-            products.append(grad.T @ x[rows])
+            if found is None or scale is None:
+                products.append(grad.T @ x[rows])
+            else:
+                fused_products.add_weight_gradient(grad, x[rows], found, scale)
             del logits, grad  # before the next slice's are made
             if len(products) == MOST_PRODUCTS:
                 total = torch.empty_like(products[0], dtype=torch.promote_types(x.dtype, torch.float32))
                 vocab.passes.total_(products, torch.ones_like(losses[0]), total, False)
                 products = [total]
         ctx.save_for_backward(grad_x, *products)
-        ctx.passes, ctx.sum = vocab.passes, sum_of(weight)
+        ctx.passes, ctx.sum = vocab.passes, found
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *products = ctx.saved_tensors
+        if not products:
+            return grad_x * grad, None, None, None, None
         grad_weight = torch.empty_like(products[0], dtype=grad_x.dtype) if ctx.sum is None else ctx.sum.total
         ctx.passes.total_(products, grad, grad_weight, ctx.sum is not None and ctx.sum.begin())
         return grad_x * grad, grad_weight if ctx.sum is None else None, None, None, None
+
+
+def _known_scale(found: GradientSum | None, slices: list[Tensor], weight: Tensor) -> Tensor | None:
+    """The loss's own gradient, where forward knows it, and a product of each slice of x can add to the weight's sum."""
+    if found is None or not all(fused_products.serves(x, weight) for x in slices):
+        return None
+    return found.loss_scale
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:

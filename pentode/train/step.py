@@ -59,8 +59,9 @@ def train_step(
     check_weights(run)
     check_batches(run, batches)
     tokens = valid_tokens(batches, run.mesh)
-    run.master.start_step(len(batches))
-    loss = run.pipeline.forward_backward(batches, scale=1 / tokens.to(run.loss_dtype))
+    per_token = 1 / tokens.to(run.loss_dtype)
+    run.master.start_step(len(batches), loss_scale=per_token)
+    loss = run.pipeline.forward_backward(batches, scale=per_token)
     run.master.finish_gradients()
     check_gradients(run)
 

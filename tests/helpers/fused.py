@@ -47,11 +47,12 @@ def product(
     C: Tensor | None = None,
     *,
     config: object,
+    alpha: float | Tensor = 1.0,
     add_to_output: bool = False,
     concat_layout: tuple[str, ...] = (),
 ) -> None:
     found = a @ (in_turn(b, 0) if "B" in concat_layout else b)
-    found = halves(found, 0) if "out" in concat_layout else found
+    found = alpha * (halves(found, 0) if "out" in concat_layout else found)
     out.copy_(found + (out if add_to_output else 0 if C is None else C))
 
 
@@ -65,7 +66,8 @@ def served(calls: list[str]) -> Iterator[None]:
 
     def noted(name: str) -> Any:
         def call(*operands: Any, **options: Any) -> Any:
-            calls.append(f"{name}{' added' * bool(options.get('add_to_output'))}")
+            does = f"{name}{' scaled' * ('alpha' in options)}{' added' * bool(options.get('add_to_output'))}"
+            calls.append(does)
             return getattr(PLAIN, name)(*operands, **options)
 
         return call
@@ -89,4 +91,5 @@ def train_fused(case: Case) -> Outcome:
         found = train_case(case)
     assert "gated_backward" in calls or case.tp > 1
     assert "product added" in calls or case.micro_batches == 1
+    assert "product scaled" in calls or case.pp > 1 or case.micro_batches == 1
     return found

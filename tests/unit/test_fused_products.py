@@ -34,7 +34,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     vars(interface).update(
         gemm_act=lambda A, B, *, activation, tuned, config, concat_layout: None,
         gemm_dact=lambda A, B, PreAct, *, activation, tuned, config, dynamic_scheduler: None,
-        gemm_tuned=SimpleNamespace(fn=lambda A, B, out, C=None, *, config, add_to_output=False, concat_layout=(): None),
+        gemm_tuned=SimpleNamespace(
+            fn=lambda A, B, out, C=None, *, alpha=1.0, config, add_to_output=False, concat_layout=(): None
+        ),
     )
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
@@ -117,7 +119,8 @@ def test_a_package_that_lacks_a_part_leaves_it_to_torch(
         ("gemm_act", lambda A, B, *, activation, tuned, config: None),
         ("gemm_dact", lambda A, B, *, activation, tuned, config: None),
         ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, C=None, *, config: None)),
-        ("gemm_tuned", lambda A, B, out, C=None, *, config, add_to_output=False, concat_layout=(): None),
+        ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, C=None, *, config, add_to_output, concat_layout: None)),
+        ("gemm_tuned", lambda A, B, out, C=None, *, alpha, config, add_to_output=False, concat_layout=(): None),
     ],
 )
 def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
@@ -210,6 +213,21 @@ print(sorted({"quack", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "N", "K"), [(512, 1000, 256), (264, 2048, 776)])
+def test_a_scaled_gradient_on_a_gpu_is_the_formulas(T: int, N: int, K: int) -> None:
+    device = torch.device("cuda", 0)
+    if not fused_products.PACKAGE.is_usable(device):
+        pytest.skip("quack-kernels is not installed, or not for this GPU")
+    grad, x = (drawn(T, n, seed=n).bfloat16().to(device) for n in (N, K))
+    scale = torch.tensor(1 / 3, device=device)
+    found = put_beside(x, torch.full((N, K), torch.nan, device=device))
+    for times in (1, 2):
+        fused_products.add_weight_gradient(grad, x, found, scale)
+        want = times * scale.double() * (grad.double().T @ x.double())
+        assert (found.total - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from pentode.ops.gradient_sum import put_beside
 from pentode.parallel import loss as loss_module
 from pentode.parallel.batch import IGNORE
 from pentode.parallel.loss import Vocab, vocab_logits, vocab_loss
+from tests.helpers import fused
 
 T, D, V = 50, 12, 23
 ONE = Vocab(V, Axis("tp"))
@@ -67,6 +68,34 @@ def test_the_weights_gradient_is_added_to_its_sum(monkeypatch: pytest.MonkeyPatc
         (vocab_loss(x, weight, labels, vocab=ONE) * factor).backward()
     assert weight.grad is None
     torch.testing.assert_close(total, 0.75 * want)
+
+
+@pytest.mark.parametrize("slice_bytes", [200, 1 << 20])
+def test_it_is_added_in_forward_where_the_losss_gradient_is_known(
+    monkeypatch: pytest.MonkeyPatch, slice_bytes: int
+) -> None:
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", slice_bytes)
+    x, weight, labels = inputs()
+    want_x, want = torch.autograd.grad(reference(x, weight, labels), (x, weight))
+    found = put_beside(weight, torch.full_like(weight, torch.nan))
+    scale = torch.tensor(0.25, dtype=torch.float64)
+    calls: list[str] = []
+    with fused.served(calls):
+        found.start_step(scale)
+        losses = [vocab_loss(x, weight, labels, vocab=ONE) * scale for _ in range(2)]  # as a pipeline may have them
+        torch.testing.assert_close(found.total, 0.5 * want)
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(found.total, 0.5 * want)
+        assert {"product scaled", "product scaled added"} == set(calls) - {"tiles"}
+        found.finish_step()
+        vocab_loss(x, weight, labels, vocab=ONE)
+        torch.testing.assert_close(found.total, 0.5 * want)
+        found.start_step(None)
+        vocab_loss(x, weight, labels, vocab=ONE).backward()
+    torch.testing.assert_close(found.total, want)
+    assert weight.grad is None
+    torch.testing.assert_close(x.grad, 1.5 * want_x)
 
 
 def test_large_logits_overflow_nothing() -> None:
