@@ -1,4 +1,7 @@
-"""One run of benchmarks/gpu.py: trains, and leaves its figures in FOLDER/figures.json."""
+"""One run of benchmarks/gpu.py: trains, and leaves its figures in FOLDER/figures.json.
+
+As the commands do, it imports what it needs when it runs.
+"""
 
 import argparse
 import json
@@ -8,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.profiler import record_function
 
 from benchmarks.shapes import CASES, config_of
-from benchmarks.trace import breakdown, traced
 from pentode.config.load import load_config
-from pentode.nn import causal_lm
-from pentode.run.build import Run
-from pentode.train.start import start
-from pentode.train.step import train_step
+from pentode.garbage import uncollected
 
 TRACED = 3
 
@@ -33,7 +31,11 @@ def main() -> None:
     file = asked.folder / f"config-{os.environ.get('RANK', '0')}.yaml"
     file.write_text(yaml.safe_dump(config_of(CASES[asked.name], asked.folder / "run")))
     where: dict[str, Any] = {}
-    start(load_config(file, asked.changes), at_end=[lambda run, _: where.update(_trace(run))] if asked.trace else [])
+    with uncollected():  # as the command does
+        from pentode.train.start import start
+
+        at_end = [lambda run, _: where.update(_trace(run))] if asked.trace else []
+        start(load_config(file, asked.changes), at_end=at_end)
     if first:
         figures = _figures(asked.folder / "run", warm_up=CASES[asked.name].warm_up)
         (asked.folder / "figures.json").write_text(json.dumps(figures | where))
@@ -53,8 +55,11 @@ def _figures(folder: Path, *, warm_up: int) -> dict[str, float]:
     return found | {"peak_gib": max(record.get("cuda_max_memory_reserved") or 0 for record in records) / 2**30}
 
 
-def _trace(run: Run) -> dict[str, Any]:
+def _trace(run: Any) -> dict[str, Any]:
     """Milliseconds by kind, and the longest kernels, of some steps more, which are not replayed, on the first batch."""
+    from benchmarks.trace import breakdown, traced
+    from pentode.train.step import train_step
+
     _mark(run)
     step = run.config.tokens.train_steps
     batches = [batch.to(run.device) for batch in run.feed.batches(step, consumed=0, first_number=0)]
@@ -70,8 +75,11 @@ def _trace(run: Run) -> dict[str, Any]:
     return found
 
 
-def _mark(run: Run) -> None:
+def _mark(run: Any) -> None:
     """Give the ranges that a trace is read by to what is called from here on."""
+    from torch.profiler import record_function
+
+    from pentode.nn import causal_lm
 
     def marked(call: Any, name: str) -> Any:
         def within(*args: Any, **options: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pentode.errors import INTERNAL, ConfigError, PentodeError, Preempted, exit_code
+from pentode.garbage import uncollected
 from pentode.version import VERSION
 
 UsageError = typer.BadParameter.__base__  # click's, or the one that newer typers bring along
@@ -59,7 +60,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="remove the run in checkpoints_path and start over")] = False,
 ) -> None:
     """Train the model that FILE describes; the same command again goes on where the run stopped."""
-    with _preemptible():
+    with _preemptible(), uncollected():
         _train(file, overrides or [], nproc=nproc, fresh=fresh)
 
 

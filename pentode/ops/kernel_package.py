@@ -10,6 +10,7 @@ import torch
 
 from pentode import device as devices
 from pentode import log
+from pentode.garbage import uncollected
 from pentode.ops.kept_kernels import keep_in_home
 
 F = TypeVar("F")
@@ -58,7 +59,7 @@ class KernelPackage(Generic[F]):
             return None
         keep_in_home()
         try:
-            with undecorated():
+            with undecorated(), uncollected():
                 found = self.functions()
         except Exception as error:  # noqa: BLE001 - another version, or one whose parts do not go with each other
             why = f"{type(error).__name__}: {error}"

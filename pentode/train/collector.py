@@ -10,12 +10,18 @@ SETTLED = 8  # steps in which a run makes what it needs until its end
 
 
 class Collector:
-    """Sets aside what lives when SETTLED steps were done; when left, all of it can be collected again."""
+    """Collects again what a start left uncollected (`pentode.garbage`), and sets aside what lives when a loop begins.
+
+    When SETTLED steps were done, what lives then is set aside; when left, all of it can be collected again.
+    """
 
     def __init__(self) -> None:
         self._left = SETTLED
 
     def __enter__(self) -> "Collector":
+        gc.collect(0)
+        gc.freeze()
+        gc.enable()
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -25,5 +31,6 @@ class Collector:
         """Count a step."""
         self._left -= 1
         if self._left == 0:
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
