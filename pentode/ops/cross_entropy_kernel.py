@@ -5,10 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pentode import device as devices
 from pentode.ops.cross_entropy import MOST_PRODUCTS, Passes
 
 COLUMNS = 1024  # of a row, of which a program takes four pieces at a time
 BLOCK, WARPS = 2048, 8  # elements of a program that works on them one by one: 8 a thread
+WIDE, WIDE_WARPS = 4096, 16  # columns, of which a program that goes over a row twice takes two pieces at a time
+PROGRAMS = 2  # of those on a multiprocessor: their rows fit in the GPU's cache, so that most are read from memory once
 LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities is no number
 
 
@@ -60,6 +63,45 @@ def _gradient(
 
 
 @triton.jit
+def _whole(
+    logits: tl.tensor,
+    log_total: tl.tensor,
+    row: tl.tensor,
+    weight: tl.tensor,
+    z_loss: tl.tensor,
+    V: tl.tensor,
+    held: tl.tensor,
+    n: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> None:
+    start = logits + tl.program_id(0).to(tl.int64) * V
+    for token in range(tl.program_id(0), n, tl.num_programs(0)):
+        most = tl.full([COLUMNS], LOWEST, tl.float32)
+        sums = tl.zeros([COLUMNS], tl.float32)
+        for first in range(0, held, 2 * COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            a = tl.load(start + column, mask=column < held, other=LOWEST, eviction_policy="evict_last").to(tl.float32)
+            column += COLUMNS
+            b = tl.load(start + column, mask=column < held, other=LOWEST, eviction_policy="evict_last").to(tl.float32)
+            higher = tl.maximum(most, tl.maximum(a, b))
+            sums = sums * tl.exp(most - higher) + tl.exp(a - higher) + tl.exp(b - higher)
+            most = higher
+        highest = tl.max(most)
+        log = highest + tl.log(tl.sum(sums * tl.exp(most - highest)))
+        tl.store(log_total + token, log)
+        counts, label = tl.load(weight + token), tl.load(row + token)
+        factor = counts * (1 + 2 * z_loss * log)
+        pieces = tl.cdiv(V, 2 * COLUMNS)
+        for piece in range(0, pieces):  # from the end, which was read last
+            column = (pieces - 1 - piece) * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
+            real = tl.load(start + column, mask=column < held, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            grad = tl.exp(real - log) * factor - tl.where(column == label, counts, 0.0)
+            grad = tl.where(column < held, grad, 0.0).to(logits.dtype.element_ty)
+            tl.store(start + column, grad, mask=column < V, eviction_policy="evict_first")
+        start += tl.num_programs(0).to(tl.int64) * V
+
+
+@triton.jit
 def _total(
     a: tl.tensor,
     b: tl.tensor,
@@ -104,6 +146,15 @@ def gradient_(logits: Tensor, held: int, log_total: Tensor, factor: Tensor, hot:
     _gradient[(rows, triton.cdiv(V, BLOCK))](logits, log_total, factor, hot, row, V, held, BLOCK, num_warps=WARPS)
 
 
+def whole_(logits: Tensor, held: int, row: Tensor, weight: Tensor, z_loss: float) -> Tensor:
+    """As `Passes.whole_`, likewise; weight float32."""
+    n, V = logits.shape
+    log_total = logits.new_empty(n, dtype=torch.float32)
+    programs = min(n, PROGRAMS * devices.multiprocessors(logits.device))
+    _whole[(programs,)](logits, log_total, row, weight, z_loss, V, held, n, WIDE, num_warps=WIDE_WARPS)
+    return log_total
+
+
 def total_(products: list[Tensor], scale: Tensor, into: Tensor, add: bool) -> None:
     """As `Passes.total_`, for up to MOST_PRODUCTS products, contiguous as `into` is, likewise."""
     assert len(products) <= MOST_PRODUCTS, f"{len(products)} products to add at once"
@@ -112,4 +163,4 @@ def total_(products: list[Tensor], scale: Tensor, into: Tensor, add: bool) -> No
     _total[grid](*operands, scale, into, into.numel(), len(products), add, BLOCK, num_warps=WARPS)
 
 
-PASSES = Passes(statistics, gradient_, total_)
+PASSES = Passes(statistics, gradient_, total_, whole_)

@@ -33,7 +33,11 @@ class _SummingEmbedding(torch.autograd.Function):
         total = ctx.found.total
         if not ctx.found.begin():
             total.zero_()
-        if devices.is_gpu(total.device):
+        if devices.runs_kernels(grad):
+            from pentode.ops.embedding_kernel import add_rows_
+
+            add_rows_(total, rows, grad.contiguous())
+        elif devices.is_gpu(total.device):
             _add_rows_(total, rows, grad)
         else:
             total.index_add_(0, rows, grad.to(total.dtype))
@@ -41,7 +45,7 @@ class _SummingEmbedding(torch.autograd.Function):
 
 
 def _add_rows_(total: Tensor, rows: Tensor, grad: Tensor) -> None:
-    """total[rows] += grad: with the same bits each time, and soon where one row is named by many tokens, too.
+    """total[rows] += grad, by torch, on a GPU: with the same bits each time, and soon where many tokens name one row.
 
     What belongs to one row is added up first, by the kernel of torch's own embedding, which does it in parts; in the
     total's dtype, as the kernel for few tokens rounds each part to what it is given. A row is then named once; places

@@ -5,6 +5,7 @@ T tokens, D width, V rows of the vocabulary held here, n tokens of a slice.
 # An autograd Function gives its context attributes and its backward a signature that torch's stubs do not know.
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from pentode.ops.gradient_sum import GradientSum, sum_of
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
-# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md).
+# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md). Where
+# those products are added at once, none is kept, and slices may be twice as large for the same room.
 SLICE_BYTES = 2 << 30
 
 
@@ -72,7 +74,7 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
     """
     if torch.is_grad_enabled():
         return _VocabLoss.apply(x, weight, labels, vocab, z_loss)
-    slices = _slices(x.shape[0], weight.shape[0] * x.itemsize)
+    slices = _slices(x.shape[0], weight.shape[0] * x.itemsize, SLICE_BYTES)
     losses = [_slice_loss(x[rows] @ weight.T, labels[rows], vocab, z_loss, differentiate=False) for rows in slices]
     return torch.stack(losses).sum()
 
@@ -83,9 +85,8 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> Tensor:
         losses, grad_x = [], torch.empty_like(x)
-        slices = _slices(x.shape[0], weight.shape[0] * x.itemsize)
         found = sum_of(weight)
-        scale = _known_scale(found, [x[rows] for rows in slices], weight)
+        slices, scale = _slices_to_add(x, weight, found)
         products: list[Tensor] = []  # whose sum is the weight's gradient, where none is added at once
         for rows in slices:
             logits = x[rows] @ weight.T
@@ -115,16 +116,19 @@ class _VocabLoss(torch.autograd.Function):
         return grad_x * grad, grad_weight if ctx.sum is None else None, None, None, None
 
 
-def _known_scale(found: GradientSum | None, slices: list[Tensor], weight: Tensor) -> Tensor | None:
-    """The loss's own gradient, where forward knows it, and a product of each slice of x can add to the weight's sum."""
-    if found is None or not all(fused_products.serves(x, weight) for x in slices):
-        return None
-    return found.loss_scale
+def _slices_to_add(x: Tensor, weight: Tensor, found: GradientSum | None) -> tuple[list[slice], Tensor | None]:
+    """The slices; and the loss's own gradient, where that is known and a product of each adds to the weight's sum."""
+    bytes_per_token = weight.shape[0] * x.itemsize
+    if found is not None and found.loss_scale is not None:
+        large = _slices(x.shape[0], bytes_per_token, 2 * SLICE_BYTES)
+        if all(fused_products.serves(x[rows], weight) for rows in large):
+            return large, found.loss_scale
+    return _slices(x.shape[0], bytes_per_token, SLICE_BYTES), None
 
 
-def _slices(tokens: int, bytes_per_token: int) -> list[slice]:
-    """Cut the tokens evenly into as few slices as SLICE_BYTES allows."""
-    count = -(-tokens * bytes_per_token // SLICE_BYTES)
+def _slices(tokens: int, bytes_per_token: int, most: int) -> list[slice]:
+    """Cut the tokens evenly into as few slices as so many bytes allow."""
+    count = -(-tokens * bytes_per_token // most)
     rows = -(-tokens // count)
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
@@ -133,6 +137,8 @@ def _slice_loss(logits: Tensor, labels: Tensor, vocab: Vocab, z_loss: float, *, 
     """A slice's summed loss; to differentiate, logits [n, V] become the gradient with respect to them."""
     tp, rows = vocab.tp, logits.shape[1]
     held = vocab.held(rows)
+    if differentiate and tp.size == 1 and vocab.passes.whole_ is not None:
+        return _whole_loss(logits, labels, held, z_loss, vocab.passes.whole_)
     valid = labels != IGNORE
     row = labels - tp.rank * rows
     here = valid & (row >= 0) & (row < held)
@@ -149,6 +155,21 @@ def _slice_loss(logits: Tensor, labels: Tensor, vocab: Vocab, z_loss: float, *, 
         factor = (1 + 2 * z_loss * log_total).where(valid, 0)
         vocab.passes.gradient_(logits, held, log_total, factor, here.to(factor.dtype), row)
     return loss
+
+
+def _whole_loss(
+    logits: Tensor,
+    labels: Tensor,
+    held: int,
+    z_loss: float,
+    pass_: Callable[[Tensor, int, Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """The same, to differentiate, where the whole vocabulary is here: in one pass."""
+    valid = labels != IGNORE
+    row = labels.where(valid, 0)
+    picked = logits.gather(1, row[:, None])[:, 0].float()
+    log_total = pass_(logits, held, row, valid.float(), z_loss)
+    return (log_total - picked + z_loss * log_total.square()).where(valid, 0).sum()
 
 
 def _statistics(logits: Tensor, held: int, passes: Passes) -> tuple[Tensor, Tensor]:

@@ -116,3 +116,23 @@ def test_the_kernel_has_the_plain_statistics(kernels: torch.device, rows: int, h
         torch.testing.assert_close(got, want)
     logits[3, held // 2] = torch.nan
     assert statistics(logits, held)[1].isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "held"), [(8200, 8193), (4096, 4096), (40, 7)])
+def test_the_kernel_does_both_passes_as_the_plain_ones_would(
+    kernels: torch.device, rows: int, held: int, z_loss: float, dtype: torch.dtype
+) -> None:
+    from pentode.ops.cross_entropy_kernel import whole_
+
+    logits, *_, row = (t.to(kernels) for t in inputs(17, rows, held, dtype=dtype))  # more than there are programs
+    weight = (torch.arange(17, device=kernels) % 3 != 0).float()
+    top, total = PLAIN.statistics(logits, held)
+    want_log = total.log() + top
+    want, got = logits.clone(), logits.clone()
+    PLAIN.gradient_(want, held, want_log, weight * (1 + 2 * z_loss * want_log), weight, row)
+    torch.testing.assert_close(whole_(got, held, row, weight, z_loss), want_log)
+    torch.testing.assert_close(got, want)
+    logits[3, held // 2] = torch.nan
+    assert whole_(logits, held, row, weight, z_loss).isnan().nonzero().flatten().tolist() == [3]
