@@ -11,7 +11,7 @@ from pentode.ops.cross_entropy import MOST_PRODUCTS, Passes
 COLUMNS = 1024  # of a row, of which a program takes four pieces at a time
 BLOCK, WARPS = 2048, 8  # elements of a program that works on them one by one: 8 a thread
 WIDE, WIDE_WARPS = 4096, 16  # columns, of which a program that goes over a row twice takes two pieces at a time
-PROGRAMS = 2  # of those on a multiprocessor: their rows fit in the GPU's cache, so that most are read from memory once
+PROGRAMS = 2  # of those on a multiprocessor: few, so that the cache still has some of a row when it is read again
 LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities is no number
 
 

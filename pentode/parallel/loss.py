@@ -20,8 +20,7 @@ from pentode.ops.gradient_sum import GradientSum, sum_of
 from pentode.parallel.batch import IGNORE
 
 # Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
-# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md). Where
-# those products are added at once, none is kept, and slices may be twice as large for the same room.
+# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md).
 SLICE_BYTES = 2 << 30
 
 
@@ -74,7 +73,7 @@ def vocab_loss(x: Tensor, weight: Tensor, labels: Tensor, *, vocab: Vocab, z_los
     """
     if torch.is_grad_enabled():
         return _VocabLoss.apply(x, weight, labels, vocab, z_loss)
-    slices = _slices(x.shape[0], weight.shape[0] * x.itemsize, SLICE_BYTES)
+    slices = _slices(x.shape[0], weight.shape[0] * x.itemsize)
     losses = [_slice_loss(x[rows] @ weight.T, labels[rows], vocab, z_loss, differentiate=False) for rows in slices]
     return torch.stack(losses).sum()
 
@@ -85,8 +84,8 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor, vocab: Vocab, z_loss: float) -> Tensor:
         losses, grad_x = [], torch.empty_like(x)
-        found = sum_of(weight)
-        slices, scale = _slices_to_add(x, weight, found)
+        found, slices = sum_of(weight), _slices(x.shape[0], weight.shape[0] * x.itemsize)
+        scale = _known_scale(found, [x[rows] for rows in slices], weight)
         products: list[Tensor] = []  # whose sum is the weight's gradient, where none is added at once
         for rows in slices:
             logits = x[rows] @ weight.T
@@ -116,19 +115,16 @@ class _VocabLoss(torch.autograd.Function):
         return grad_x * grad, grad_weight if ctx.sum is None else None, None, None, None
 
 
-def _slices_to_add(x: Tensor, weight: Tensor, found: GradientSum | None) -> tuple[list[slice], Tensor | None]:
-    """The slices; and the loss's own gradient, where that is known and a product of each adds to the weight's sum."""
-    bytes_per_token = weight.shape[0] * x.itemsize
-    if found is not None and found.loss_scale is not None:
-        large = _slices(x.shape[0], bytes_per_token, 2 * SLICE_BYTES)
-        if all(fused_products.serves(x[rows], weight) for rows in large):
-            return large, found.loss_scale
-    return _slices(x.shape[0], bytes_per_token, SLICE_BYTES), None
+def _known_scale(found: GradientSum | None, slices: list[Tensor], weight: Tensor) -> Tensor | None:
+    """The loss's own gradient, where forward knows it, and a product of each slice of x can add to the weight's sum."""
+    if found is None or found.loss_scale is None or not all(fused_products.serves(x, weight) for x in slices):
+        return None
+    return found.loss_scale
 
 
-def _slices(tokens: int, bytes_per_token: int, most: int) -> list[slice]:
-    """Cut the tokens evenly into as few slices as so many bytes allow."""
-    count = -(-tokens * bytes_per_token // most)
+def _slices(tokens: int, bytes_per_token: int) -> list[slice]:
+    """Cut the tokens evenly into as few slices as SLICE_BYTES allows."""
+    count = -(-tokens * bytes_per_token // SLICE_BYTES)
     rows = -(-tokens // count)
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 

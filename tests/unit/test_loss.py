@@ -48,9 +48,10 @@ def test_loss_and_gradients_are_cross_entropy_s(
         torch.testing.assert_close(vocab_loss(x, weight, labels, vocab=ONE, z_loss=z_loss), want)
 
 
-def test_slices_cover_all_tokens_evenly_within_their_budget() -> None:
+def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", 1000)
     for tokens, each in ((1, 8), (50, 184), (1000, 10), (7, 5000)):
-        slices = loss_module._slices(tokens, each, 1000)
+        slices = loss_module._slices(tokens, each)
         assert [i for part in slices for i in range(tokens)[part]] == list(range(tokens))
         longest = max(part.stop - part.start for part in slices)
         assert longest * each <= max(1000, each)
@@ -87,7 +88,7 @@ def test_it_is_added_in_forward_where_the_losss_gradient_is_known(
             loss.backward()
         torch.testing.assert_close(found.total, 0.5 * want)
         assert {"product scaled", "product scaled added"} == set(calls) - {"tiles"}
-        each_time = len(loss_module._slices(T, 8 * V, 2 * slice_bytes))
+        each_time = len(loss_module._slices(T, 8 * V))
         assert calls.count("product scaled added") == 2 * each_time - 1
         found.finish_step()
         vocab_loss(x, weight, labels, vocab=ONE)
