@@ -1,4 +1,4 @@
-"""Triton kernels: the passes of a cross-entropy, each one reading. Imported only where they run."""
+"""Triton kernels: the passes of a cross-entropy, as few readings as may be. Imported only where they run."""
 
 import torch
 import triton

@@ -154,7 +154,7 @@ def weight_gradient(grad: Tensor, x: Tensor, found: GradientSum | None, *, in_tu
 
 
 def add_weight_gradient(grad: Tensor, x: Tensor, found: GradientSum, scale: Tensor) -> None:
-    """Add the gradient of a weight [N, K], of grad [T, N] and x [T, K], to its sum, times `scale`, 0-d and as wide."""
+    """Add the gradient of a weight [N, K], of grad [T, N] and x [T, K], to its sum, times `scale`, 0-d float32."""
     _product(grad.t(), x, found.total, add_to_output=found.begin(), alpha=scale.view(1))
 
 

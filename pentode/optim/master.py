@@ -146,7 +146,7 @@ class MasterWeights:
         """Expect gradients of this many micro-batches; the last step's gradients are given up.
 
         loss_scale  0-d: the gradient that each of their backwards gives the loss, where that is known. Each forward
-                    until `finish_gradients` then has its backward
+                    until `finish_gradients` must then have its backward
         """
         self._micro_batches = micro_batches
         self._arrivals = dict.fromkeys(self._arrivals, 0)

@@ -16,11 +16,12 @@ from pentode.dist import collectives
 from pentode.dist.mesh import Axis
 from pentode.ops import fused_products
 from pentode.ops.cross_entropy import MOST_PRODUCTS, PLAIN, Passes
+from pentode.ops.fused_products import MULTIPLE
 from pentode.ops.gradient_sum import GradientSum, sum_of
 from pentode.parallel.batch import IGNORE
 
-# Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs a
-# product of the weight's shape, to be added to the others', so few large ones are faster (docs/performance.md).
+# Of logits at one time: whole for a small model, 8,192 tokens in bfloat16 for a vocabulary of 128K. Each slice costs an
+# addition of the weight's shape, so few large ones are faster (docs/performance.md).
 SLICE_BYTES = 2 << 30
 
 
@@ -123,9 +124,11 @@ def _known_scale(found: GradientSum | None, slices: list[Tensor], weight: Tensor
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:
-    """Cut the tokens evenly into as few slices as SLICE_BYTES allows."""
-    count = -(-tokens * bytes_per_token // SLICE_BYTES)
-    rows = -(-tokens // count)
+    """Cut the tokens evenly into as few slices as SLICE_BYTES allows, of MULTIPLE tokens where it allows so many."""
+    most = max(SLICE_BYTES // bytes_per_token, 1)
+    multiple = MULTIPLE if most >= MULTIPLE else 1
+    count = -(-tokens // (most // multiple * multiple))
+    rows = -(-tokens // (count * multiple)) * multiple
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 

@@ -74,8 +74,8 @@ def kernels(config: Config, device: torch.device) -> Kernels:
         return Kernels(PASSES, by_kernel)
     if not is_wanted(config, device):
         return Kernels()
-    loss = Passes(*(torch.compile(one, fullgraph=True) for one in TO_COMPILE))
-    return Kernels(loss, update=torch.compile(update_, fullgraph=True, dynamic=True))
+    loss = (one and torch.compile(one, fullgraph=True) for one in TO_COMPILE)
+    return Kernels(Passes(*loss), update=torch.compile(update_, fullgraph=True, dynamic=True))
 
 
 def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.device) -> bool:
@@ -98,6 +98,8 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
         )
     for model in models:
         model.run_block = block
+        if plain:
+            model.forward = devices.without_kernels()(model.forward)  # embedding and loss, too
     return wanted
 
 

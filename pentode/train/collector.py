@@ -16,16 +16,19 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        self._left = SETTLED
+        self._left, self._collected = SETTLED, True
 
     def __enter__(self) -> "Collector":
-        gc.collect(0)
+        self._collected = gc.isenabled()
+        gc.collect(2 if self._collected else 0)  # what is made while nothing is collected is young
         gc.freeze()
         gc.enable()
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         gc.unfreeze()
+        if not self._collected:
+            gc.disable()
 
     def step_done(self) -> None:
         """Count a step."""

@@ -28,10 +28,11 @@ def test_what_lives_after_the_first_steps_is_not_looked_through_until_the_run_en
 
 
 def test_what_a_start_leaves_goes_when_the_first_steps_are_done() -> None:
-    ring = Ring()
+    ring, dropped = Ring(), weakref.ref(Ring())
     gone = weakref.ref(ring)
     with Collector() as collector:
         assert gc.get_freeze_count() > 0
+        assert dropped() is None
         del ring
         for _ in range(SETTLED):
             gc.collect()

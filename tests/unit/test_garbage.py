@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pentode import cli
 from pentode.garbage import uncollected
 from pentode.train.collector import Collector
 
@@ -39,5 +40,15 @@ def test_who_had_disabled_it_finds_it_so() -> None:
 
 
 def test_a_loop_collects() -> None:
-    with uncollected(), Collector():
-        assert gc.isenabled()
+    with uncollected():
+        with Collector():
+            assert gc.isenabled()
+        assert not gc.isenabled()
+
+
+def test_a_run_starts_uncollected(monkeypatch: pytest.MonkeyPatch) -> None:
+    collects: list[bool] = []
+    monkeypatch.setattr(cli, "_train", lambda *_, **__: collects.append(gc.isenabled()))
+    assert cli.run_command(["train", "FILE"]) == 0
+    assert collects == [False]
+    assert gc.isenabled()

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pentode import device as devices
 from pentode.dist.mesh import Axis
 from pentode.ops.embedding import _add_rows_, embedding
-from pentode.ops.gradient_sum import sum_of
+from pentode.ops.gradient_sum import put_beside, sum_of
 from pentode.optim import master as master_module
 from pentode.optim.groups import Group
 from pentode.optim.master import MasterWeights
@@ -83,6 +84,16 @@ def test_a_steps_gradient_is_autograds_whoever_makes_it(micro_batches: list[str]
         torch.testing.assert_close(step(master, weight, micro_batches), want)
 
 
+def test_the_losss_scale_is_known_within_a_step_alone() -> None:
+    weight, scale = table(), torch.ones(())
+    master, found = master_of(weight), sum_of(weight)
+    assert found is not None
+    master.start_step(1, loss_scale=scale)
+    assert found.loss_scale is scale
+    master.finish_gradients()
+    assert found.loss_scale is None
+
+
 def test_a_step_that_nothing_adds_to_has_zeros() -> None:
     weight = table()
     master = master_of(weight)
@@ -138,6 +149,22 @@ def test_a_kernel_adds_rows(kernels: torch.device, T: int, named: int, D: int, d
     want = total.double().index_add(0, rows, grad.double())
     add_rows_(total, rows, grad)
     torch.testing.assert_close(total.double(), want, rtol=1e-6, atol=3e-6)
+
+
+def test_who_adds_rows_is_chosen_in_forward(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pentode.ops import embedding_kernel
+
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(embedding_kernel, "add_rows_", lambda total, rows, grad: calls.append(tuple(grad.shape)))
+    weight = table(torch.float32).detach().to(kernels).requires_grad_()
+    found, rows = put_beside(weight, torch.zeros_like(weight)), ROWS.to(kernels)
+    with devices.without_kernels():
+        y = embedding(rows, weight)
+    y.sum().backward()  # outside: autograd's thread does not know it either
+    assert calls == []
+    assert found.total.sum() == ROWS.numel() * D
+    embedding(rows, weight).sum().backward()
+    assert calls == [(ROWS.numel(), D)]
 
 
 @pytest.mark.gpu

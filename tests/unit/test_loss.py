@@ -50,12 +50,14 @@ def test_loss_and_gradients_are_cross_entropy_s(
 
 def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "SLICE_BYTES", 1000)
-    for tokens, each in ((1, 8), (50, 184), (1000, 10), (7, 5000)):
+    for tokens, each, count in ((1, 8, 1), (50, 184, 10), (1000, 10, 11), (7, 5000, 7), (90, 40, 4)):
         slices = loss_module._slices(tokens, each)
         assert [i for part in slices for i in range(tokens)[part]] == list(range(tokens))
         longest = max(part.stop - part.start for part in slices)
         assert longest * each <= max(1000, each)
-        assert len(slices) == min(tokens, -(-tokens * each // 1000)), "more slices than needed"
+        assert len(slices) == count, "more slices than needed"
+        if 8 * each <= 1000:  # products of the package's take multiples of 8
+            assert all((part.stop - part.start) % 8 == 0 for part in slices[:-1])
 
 
 @pytest.mark.parametrize("slice_bytes", [200, 1 << 20])

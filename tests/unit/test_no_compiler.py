@@ -11,6 +11,7 @@ import torch
 
 from pentode import device as devices
 from pentode.ops import fused_products
+from pentode.ops.cross_entropy import TO_COMPILE
 from pentode.run import compiled
 from pentode.run.compiled import Kernels, is_wanted, kernels, prepare_blocks
 from tests.helpers.tiny import tiny_config, tiny_yaml
@@ -69,14 +70,19 @@ def test_a_gpu_compiles_what_has_no_kernel(tmp_path: Path, changes: dict[str, An
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_off_means_no_kernels_of_ours_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     by_kernels: list[bool] = []
+
+    def run(_: object, x: torch.Tensor) -> None:
+        by_kernels.append(devices.runs_kernels(x))
+
     monkeypatch.setattr(devices, "is_gpu", lambda device: True)
-    monkeypatch.setattr(compiled, "run_block", lambda block, x: by_kernels.append(devices.runs_kernels(x)))
+    monkeypatch.setattr(compiled, "run_block", run)
     config, x = tiny_config(tmp_path, model__compile=mode, model__model_config=LLAMA), torch.zeros(1)
-    model: Any = SimpleNamespace()
+    model: Any = SimpleNamespace(forward=run)
     assert not prepare_blocks([model], config, device=x.device)
     model.run_block(None, x)
-    assert by_kernels == [mode == "auto"]
-    assert devices.runs_kernels(x), "only within blocks"
+    model.forward(x, x)
+    assert by_kernels == [mode == "auto"] * 2
+    assert devices.runs_kernels(x), "only within the model"
     if mode == "off":
         assert kernels(config, x.device) == Kernels()
 
@@ -98,3 +104,9 @@ def test_blocks_that_are_recomputed_have_torchs_products(
     model.run_block(None, torch.zeros(1))
     assert left_out == [recompute and gpu]
     assert not fused_products._LEFT_OUT.get()
+
+
+def test_what_a_cpu_compiles_of_the_loss_are_the_passes_that_there_are(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, model__compile="on", model__model_config=LLAMA)
+    loss = kernels(config, torch.device("cpu")).loss
+    assert [one is None for one in loss] == [one is None for one in TO_COMPILE]
