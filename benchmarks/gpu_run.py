@@ -8,13 +8,16 @@ import json
 import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from benchmarks.shapes import CASES, config_of
 from pentode.config.load import load_config
 from pentode.garbage import uncollected
+
+if TYPE_CHECKING:
+    from pentode.run.build import Run
 
 TRACED = 3
 
@@ -55,7 +58,7 @@ def _figures(folder: Path, *, warm_up: int) -> dict[str, float]:
     return found | {"peak_gib": max(record.get("cuda_max_memory_reserved") or 0 for record in records) / 2**30}
 
 
-def _trace(run: Any) -> dict[str, Any]:
+def _trace(run: "Run") -> dict[str, Any]:
     """Milliseconds by kind, and the longest kernels, of some steps more, which are not replayed, on the first batch."""
     from benchmarks.trace import breakdown, traced
     from pentode.train.step import train_step
@@ -75,7 +78,7 @@ def _trace(run: Any) -> dict[str, Any]:
     return found
 
 
-def _mark(run: Any) -> None:
+def _mark(run: "Run") -> None:
     """Give the ranges that a trace is read by to what is called from here on."""
     from torch.profiler import record_function
 

@@ -124,7 +124,7 @@ def _known_scale(found: GradientSum | None, slices: list[Tensor], weight: Tensor
 
 
 def _slices(tokens: int, bytes_per_token: int) -> list[slice]:
-    """Cut the tokens evenly into as few slices as SLICE_BYTES allows, of MULTIPLE tokens where it allows so many."""
+    """Cut the tokens evenly into as few slices as SLICE_BYTES allows; into multiples of MULTIPLE, if so many fit."""
     most = max(SLICE_BYTES // bytes_per_token, 1)
     multiple = MULTIPLE if most >= MULTIPLE else 1
     count = -(-tokens // (most // multiple * multiple))

@@ -91,5 +91,5 @@ def train_fused(case: Case) -> Outcome:
         found = train_case(case)
     assert "gated_backward" in calls or case.tp > 1
     assert "product added" in calls or case.micro_batches == 1
-    assert "product scaled" in calls or case.pp > 1 or case.micro_batches == 1
+    assert "product scaled" in calls or case.pp > 1  # where the head is
     return found
