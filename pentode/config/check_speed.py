@@ -26,6 +26,8 @@ def _float8(c: Config) -> Found:
         yield where, f"{c.model.float8} with tp_linear_async_communication is not built yet; set that to false"
     if p.tp > 1 and p.tp_mode == "REDUCE_SCATTER" and p.tp_recompute_allgather:
         yield where, f"{c.model.float8} with tp_recompute_allgather is not built yet; set that to false"
+    if p.recompute_layer == "activation":
+        yield where, f"{c.model.float8} with recompute_layer activation is not built yet; use selective, or false"
     for name, size in (("width", shape.width), ("feed-forward width", shape.ffn_width)):
         if size % (FLOAT8_MULTIPLE * p.tp):
             yield where, f"the model's {name} of {size} is not a multiple of {FLOAT8_MULTIPLE} x tp={p.tp}"

@@ -82,9 +82,10 @@ class ParallelismArgs:
     tp_linear_async_communication: bool = Field(
         False, description="communicate while multiplying; with ALL_REDUCE in backward alone; no effect at tp=1"
     )
-    recompute_layer: Annotated[Literal[True, False, "selective"], Folds] = Field(
+    recompute_layer: Annotated[Literal[True, False, "selective", "activation"], Folds] = Field(
         False,
-        description="run each block again in backward, to save memory; selective: but matmuls, attention and sums",
+        description="run each block again in backward, to save memory; selective: but matmuls, attention and sums; "
+        "activation: the activation of its feed-forward layer alone",
     )
     tp_recompute_allgather: bool = Field(
         True, description="with REDUCE_SCATTER, keep a rank's own tokens and gather all again in backward"

@@ -20,6 +20,7 @@ from pentode.nn.shared import Shared
 from pentode.ops.activation import ACTIVATIONS
 from pentode.ops.linear import Float8
 from pentode.parallel.loss import Vocab
+from pentode.parallel.recompute import again
 from pentode.parallel.tensor import ColumnLinear, Place, RowLinear, VocabEmbedding, VocabTable
 
 EMBEDDING_SITE = 0  # dropouts are numbered: the embedding's, then three a block
@@ -42,12 +43,15 @@ class MLP(nn.Module):
 
     def __init__(self, c: GPT2Config, place: Place) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[c.activation_function]
+        self.activation, self.again = ACTIVATIONS[c.activation_function], place.activation_again
         self.up = ColumnLinear(c.width, (c.ffn_width,), place=place, bias=True)
         self.down = RowLinear(c.ffn_width, c.width, place=place, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return again(self._down, self.up(x)) if self.again else self._down(self.up(x))
+
+    def _down(self, up: Tensor) -> Tensor:
+        return self.down(self.activation(up))
 
 
 class Block(nn.Module):
@@ -93,6 +97,7 @@ def build(
     gather_again: bool = False,
     overlap: bool = False,
     float8: Float8 | None = None,
+    activation_again: bool = False,
     seed: int = 0,
 ) -> CausalLM:
     """The part of the model that a pipeline stage holds, its weights not yet initialised.
@@ -108,6 +113,7 @@ def build(
         gather_again=gather_again,
         overlap=overlap,
         float8=float8,
+        activation_again=activation_again,
     )
     tables = {"padded": vocab_size_padded, "place": place}
     copies = mesh.ends if c.tied else None

@@ -15,10 +15,12 @@ from pentode.nn.causal_lm import CausalLM, Ends, Part
 from pentode.nn.names import NameTable, rule
 from pentode.nn.norm import RMSNorm
 from pentode.nn.shared import Shared
+from pentode.ops.activation import gated
 from pentode.ops.feed_forward import is_fused, swiglu_layer
 from pentode.ops.linear import Float8
 from pentode.ops.rope import frequencies, scale_llama3
 from pentode.parallel.loss import Vocab
+from pentode.parallel.recompute import again
 from pentode.parallel.tensor import ColumnLinear, Place, RowLinear, VocabEmbedding, VocabTable
 
 
@@ -27,15 +29,20 @@ class MLP(nn.Module):
 
     def __init__(self, c: LlamaConfig, place: Place) -> None:
         super().__init__()
-        self.activation = c.hidden_act
+        self.activation, self.again = c.hidden_act, place.activation_again
         self.may_fuse = c.hidden_act == "silu" and place.tp.size == 1 and place.float8 is None
         self.gate_up = ColumnLinear(c.width, (c.ffn_width, c.ffn_width), place=place)
         self.down = RowLinear(c.ffn_width, c.width, place=place)
 
     def forward(self, x: Tensor, *, onto: Tensor) -> Tensor:
         if self.may_fuse and is_fused(x, self.gate_up.weight):
-            return swiglu_layer(x, self.gate_up.weight, self.down.weight, onto=onto)
+            return swiglu_layer(x, self.gate_up.weight, self.down.weight, onto=onto, again=self.again)
+        if self.again:
+            return onto + again(self._down, self.gate_up(x))
         return onto + self.down(self.gate_up.gated(x, self.activation))
+
+    def _down(self, gate_up: Tensor) -> Tensor:
+        return self.down(gated(gate_up, self.activation))
 
 
 class Block(nn.Module):
@@ -73,6 +80,7 @@ def build(
     gather_again: bool = False,
     overlap: bool = False,
     float8: Float8 | None = None,
+    activation_again: bool = False,
     seed: int = 0,
 ) -> CausalLM:
     """The part of the model that a pipeline stage holds, its weights not yet initialised.
@@ -88,6 +96,7 @@ def build(
         gather_again=gather_again,
         overlap=overlap,
         float8=float8,
+        activation_again=activation_again,
     )
     tables = {"padded": vocab_size_padded, "place": place}
     copies = mesh.ends if c.tied else None

@@ -21,15 +21,15 @@ class Passes(NamedTuple):
                 less `hot` in the column `row`; log_total, factor, hot [n] and row [n] int64
     total_      (products, scale, into, add): in at least float32, the sum of a list of them times `scale` (0-d) is
                 written into a tensor of their shape, or added to it
-    whole_      (logits, held, row, weight, z_loss) -> log_total [n]: both at once, where no other rank has a part; in
-                place, logits become exp(logits - log_total) * (1 + 2 z_loss log_total), less 1 in the column `row`,
-                all times weight [n]. None: there is no such pass
+    whole_      (logits, held, labels, ignore, z_loss) -> log_total [n]: both at once, where no other rank has a part;
+                in place, logits become exp(logits - log_total) * (1 + 2 z_loss log_total), less 1 in the label's
+                column, and zero where the label [n] is `ignore`. None: there is no such pass
     """
 
     statistics: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     gradient_: Callable[[Tensor, int, Tensor, Tensor, Tensor, Tensor], None]
     total_: Callable[[list[Tensor], Tensor, Tensor, bool], None]
-    whole_: Callable[[Tensor, int, Tensor, Tensor, float], Tensor] | None = None
+    whole_: Callable[[Tensor, int, Tensor, int, float], Tensor] | None = None
 
 
 def _statistics(logits: Tensor, held: int) -> tuple[Tensor, Tensor]:

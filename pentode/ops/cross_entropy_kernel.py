@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pentode import device as devices
+from pentode.ops import fused_products
 from pentode.ops.cross_entropy import MOST_PRODUCTS, Passes
 
 COLUMNS = 1024  # of a row, of which a program takes four pieces at a time
@@ -66,8 +67,8 @@ def _gradient(
 def _whole(
     logits: tl.tensor,
     log_total: tl.tensor,
-    row: tl.tensor,
-    weight: tl.tensor,
+    labels: tl.tensor,
+    ignore: tl.tensor,
     z_loss: tl.tensor,
     V: tl.tensor,
     held: tl.tensor,
@@ -89,7 +90,8 @@ def _whole(
         highest = tl.max(most)
         log = highest + tl.log(tl.sum(sums * tl.exp(most - highest)))
         tl.store(log_total + token, log)
-        counts, label = tl.load(weight + token), tl.load(row + token)
+        label = tl.load(labels + token)
+        counts = tl.where(label == ignore, 0.0, 1.0)
         factor = counts * (1 + 2 * z_loss * log)
         pieces = tl.cdiv(V, 2 * COLUMNS)
         for piece in range(0, pieces):  # from the end, which was read last
@@ -146,12 +148,14 @@ def gradient_(logits: Tensor, held: int, log_total: Tensor, factor: Tensor, hot:
     _gradient[(rows, triton.cdiv(V, BLOCK))](logits, log_total, factor, hot, row, V, held, BLOCK, num_warps=WARPS)
 
 
-def whole_(logits: Tensor, held: int, row: Tensor, weight: Tensor, z_loss: float) -> Tensor:
-    """As `Passes.whole_`, likewise; weight float32."""
+def whole_(logits: Tensor, held: int, labels: Tensor, ignore: int, z_loss: float) -> Tensor:
+    """As `Passes.whole_`, likewise."""
     n, V = logits.shape
+    if held == V and not z_loss and fused_products.serves_loss(logits):
+        return fused_products.cross_entropy_(logits, labels, ignore)
     log_total = logits.new_empty(n, dtype=torch.float32)
     programs = min(n, PROGRAMS * devices.multiprocessors(logits.device))
-    _whole[(programs,)](logits, log_total, row, weight, z_loss, V, held, n, WIDE, num_warps=WIDE_WARPS)
+    _whole[(programs,)](logits, log_total, labels, ignore, z_loss, V, held, n, WIDE, num_warps=WIDE_WARPS)
     return log_total
 
 

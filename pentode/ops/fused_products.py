@@ -1,8 +1,9 @@
 """Products with what follows them in the same kernel, by the package quack-kernels, where it is installed.
 
 SwiGLU and its backward are done on what a product has just made, and a weight's gradient is added to the sum of the
-micro-batches where it is made: none of that is written to memory to be read again. On Hopper, for bfloat16 and large
-operands; elsewhere torch multiplies, and kernels of ours do the rest (docs/performance.md).
+micro-batches where it is made: none of that is written to memory to be read again. So is a cross-entropy's gradient
+made of logits that are read once. On Hopper, for bfloat16 and large operands; elsewhere torch multiplies, and kernels
+of ours do the rest (docs/performance.md).
 
 T tokens, K input and N output features, F features of a feed-forward layer. "In turn" are gate 0, up 0, gate 1, up 1...
 """
@@ -25,9 +26,10 @@ LARGE = 1e11  # multiplications of a product from which it is done so: its launc
 MULTIPLE = 8  # of numbers in a row, which are then 16 bytes
 FORWARD = (128, 192, 2, 1, True)  # rows, columns of a tile; of a cluster, in tiles; whether one ends as another begins
 BACKWARD = (128, 192, 2, 1, True)
-BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where what follows takes longer than so short a product
+BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where SwiGLU again and the rest take longer than so short a product
 NARROW = 4096  # input features below which a product is short
 TILES = ((256, 128, 1, 2, False), (256, 192, 2, 1, False))  # of products that nothing follows
+LONG = 65536  # entries of a vocabulary: a row does not stay in the cache until a kernel of ours needs it again
 _LEFT_OUT = ContextVar("left_out", default=False)
 
 
@@ -36,20 +38,27 @@ class Functions(NamedTuple):
 
     gated           (A, B, ...) -> A B, and SwiGLU of it
     gated_backward  (A, B, PreAct, ...) -> SwiGLU's gradient, of A B, and SwiGLU, of what it was applied to
+    gated_gradient  (A, B, PreAct, out={"D": ...}, ...): the first of these alone
     product         (A, B, out, C=None, ...): alpha A B is written to `out`, or added to it; or A B + C is written
     tiles           (rows, columns, rows, columns, one ends as another begins) -> how a product is to be cut
+    cross_entropy   (logits, labels, logit of the label, loss, log_total, gradient, weights, what is no label)
     """
 
     gated: Callable[..., tuple[Tensor, Tensor]]
     gated_backward: Callable[..., tuple[Tensor, Tensor]]
+    gated_gradient: Callable[..., object]
     product: Callable[..., object]
     tiles: Callable[..., Any]
+    cross_entropy: Callable[..., None]
 
 
 def _functions() -> Functions:
     """They take what they are given here, or this raises."""
+    from quack.cross_entropy import cross_entropy_fwd_out  # pyright: ignore[reportMissingImports]
     from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
     from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned  # pyright: ignore[reportMissingImports]
+
+    from pentode.ops.fused_epilogue import swiglu_gradient
 
     def tiles(rows: int, columns: int, cluster_rows: int, cluster_columns: int, overlapping: bool) -> Any:
         return GemmConfig(
@@ -62,11 +71,13 @@ def _functions() -> Functions:
             device_capacity=GENERATION,
         )
 
-    found = Functions(gemm_act, gemm_dact, gemm_tuned.fn, tiles)
+    found = Functions(gemm_act, gemm_dact, swiglu_gradient, gemm_tuned.fn, tiles, cross_entropy_fwd_out)
     tiles(*FORWARD)
     asked = dict.fromkeys(("activation", "tuned", "config"))
     inspect.signature(found.gated).bind(0, 0, concat_layout=0, **asked)
     inspect.signature(found.gated_backward).bind(0, 0, 0, dynamic_scheduler=0, **asked)
+    inspect.signature(found.gated_gradient).bind(0, 0, 0, out={}, tuned=0, config=0, dynamic_scheduler=0)
+    inspect.signature(found.cross_entropy).bind(0, 0, 0, 0, 0, 0, 0, 0)
     inspect.signature(found.product).bind(0, 0, 0, C=0, alpha=0, config=0, add_to_output=0, concat_layout=0)
     return found
 
@@ -132,6 +143,14 @@ def swiglu_backward(grad: Tensor, down: Tensor, in_turn: Tensor) -> tuple[Tensor
     )
 
 
+def swiglu_gradient(grad: Tensor, down: Tensor, in_turn: Tensor) -> Tensor:
+    """The first of these alone, where silu(gate) * up was kept."""
+    of, found = PACKAGE.on(grad.device), torch.empty_like(in_turn)
+    tiles = of.tiles(*BACKWARD)
+    of.gated_gradient(grad, down, in_turn, out={"D": found}, tuned=False, config=tiles, dynamic_scheduler=False)
+    return found
+
+
 def swiglu_input_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of x [T, K], from that of gate and up in turn [T, 2F], with gate_up [2F, K]."""
     found = grad.new_empty(grad.shape[0], gate_up.shape[1])
@@ -156,6 +175,23 @@ def weight_gradient(grad: Tensor, x: Tensor, found: GradientSum | None, *, in_tu
 def add_weight_gradient(grad: Tensor, x: Tensor, found: GradientSum, scale: Tensor) -> None:
     """Add the gradient of a weight [N, K], of grad [T, N] and x [T, K], to its sum, times `scale`, 0-d float32."""
     _product(grad.t(), x, found.total, add_to_output=found.begin(), alpha=scale.view(1))
+
+
+def serves_loss(logits: Tensor) -> bool:
+    """Whether `cross_entropy_` is to go over logits [n, V]."""
+    if not devices.runs_kernels(logits) or _LEFT_OUT.get() or logits.dtype != torch.bfloat16:
+        return False
+    return logits.shape[1] >= LONG and PACKAGE.is_usable(logits.device)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """The log of each row's total [n], float32; in place, logits [n, V] become its gradient, less 1 at the label.
+
+    Rows whose label [n] is `ignore` become zero.
+    """
+    log_total, loss = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    PACKAGE.on(logits.device).cross_entropy(logits, labels, None, loss, log_total, logits, None, ignore)
+    return log_total
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, **options: Any) -> None:

@@ -161,13 +161,12 @@ def _whole_loss(
     labels: Tensor,
     held: int,
     z_loss: float,
-    pass_: Callable[[Tensor, int, Tensor, Tensor, float], Tensor],
+    pass_: Callable[[Tensor, int, Tensor, int, float], Tensor],
 ) -> Tensor:
     """The same, to differentiate, where the whole vocabulary is here: in one pass."""
     valid = labels != IGNORE
-    row = labels.where(valid, 0)
-    picked = logits.gather(1, row[:, None])[:, 0].float()
-    log_total = pass_(logits, held, row, valid.float(), z_loss)
+    picked = logits.gather(1, labels.where(valid, 0)[:, None])[:, 0].float()
+    log_total = pass_(logits, held, labels, IGNORE, z_loss)
     return (log_total - picked + z_loss * log_total.square()).where(valid, 0).sum()
 
 

@@ -32,6 +32,7 @@ class Place:
     gather_again  under sequence parallelism, layers keep their input's shard and gather it again in backward
     overlap       layers communicate while they multiply
     float8        how layers scale what they multiply in float8; None: they multiply in `dtype`
+    activation_again  feed-forward layers keep what their activation is computed of, and compute it again in backward
     """
 
     tp: Axis
@@ -42,6 +43,7 @@ class Place:
     gather_again: bool = False
     overlap: bool = False
     float8: Float8 | None = None
+    activation_again: bool = False
 
     def parameter(
         self, *shape: int, cut: Cut | None = None, init: Init = "normal", shared_with: Axis | None = None

@@ -141,7 +141,7 @@ def build_stages(config: Config, mesh: Mesh, device: torch.device, *, training: 
         )
     options: dict[str, Any] = {}
     if training:
-        options["float8"] = config.model.float8
+        options |= {"float8": config.model.float8, "activation_again": p.recompute_layer == "activation"}
     if training and mesh.tp.size > 1:
         options |= {
             "sequence_parallel": p.tp_mode == "REDUCE_SCATTER",

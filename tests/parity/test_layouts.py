@@ -150,7 +150,16 @@ NAMED = {
         cube(deep(LLAMA, 2), recompute="selective"),
         cube(DROPPING, recompute="selective", engine="afab", zero=0),
     ],
+    "activations computed again": [
+        Case(LLAMA, recompute="activation", micro_batches=2),
+        Case(GPT2, tp=4, sequence_parallel=True, recompute="activation"),
+        Case(LLAMA, tp=2, sequence_parallel=True, overlap=True, recompute="activation"),
+        cube(deep(LLAMA, 2), recompute="activation"),
+        cube(DROPPING, recompute="activation", engine="interleaved"),
+    ],
     "traced and partitioned": [
+        Case(LLAMA, tp=2, sequence_parallel=True, recompute="activation", compiled=PARTITIONED),
+        Case(DROPPING, tp=2, overlap=True, recompute="activation", compiled=PARTITIONED),
         Case(LLAMA, tp=2, sequence_parallel=True, recompute="selective", compiled=PARTITIONED),
         Case(LLAMA, tp=2, recompute="selective", compiled=PARTITIONED),
         Case(LLAMA, tp=2, sequence_parallel=True, recompute=True, compiled=PARTITIONED),
@@ -232,7 +241,7 @@ def cases(draw: st.DrawFn, pp: int) -> Case:
         overlap=draw(st.booleans()),
         gather_again=draw(st.booleans()),
         zero=draw(st.sampled_from((0, 1))),
-        recompute=draw(st.sampled_from((False, True, "selective"))),
+        recompute=draw(st.sampled_from((False, True, "selective", "activation"))),
         small_buckets=draw(st.booleans()),
         pad_vocabulary=draw(st.sampled_from((1, 16))),
     )

@@ -3,6 +3,9 @@
 from collections import Counter
 from typing import Any
 
+import pytest
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pentode.train.step import train_step
@@ -55,10 +58,40 @@ def test_blocks_run_again_as_far_as_they_are_asked_to() -> None:
     plain, _, _ = first_of(Case(LLAMA))
     selective, _, _ = first_of(Case(LLAMA, recompute="selective"))
     whole, _, _ = first_of(Case(LLAMA, recompute=True))
+    activation, _, _ = first_of(Case(LLAMA, recompute="activation"))
     attention = "_scaled_dot_product_flash_attention_for_cpu"
-    assert [case["silu"] for case in (plain, selective, whole)] == [2, 4, 4]
-    assert [case[attention] for case in (plain, selective, whole)] == [2, 2, 4]
-    assert plain["mm"] == selective["mm"] < whole["mm"]
+    assert [case["silu"] for case in (plain, activation, selective, whole)] == [2, 4, 4, 4]
+    assert [case[attention] for case in (plain, activation, selective, whole)] == [2, 2, 2, 4]
+    assert plain["mm"] == activation["mm"] == selective["mm"] < whole["mm"]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_activations_to_compute_again_are_not_kept(model: str) -> None:
+    problem = Problem(model=model)
+    kept, again = (kept_by_a_step(Case(problem, recompute=how)) for how in (False, "activation"))
+    config = run_of(Case(problem)).config
+    shape, tokens = config.model.model_config, config.tokens
+    wide = tokens.micro_batch_size * tokens.sequence_length * shape.ffn_width
+    layers = {"llama": 1, "gpt2": 1}[model]
+    assert kept - again >= layers * wide
+
+
+def kept_by_a_step(case: Case) -> int:
+    """The numbers that a step keeps from forward to backward, weights left out, each storage once."""
+    run, found = run_of(case), dict[int, int]()
+    weights = {p.untyped_storage().data_ptr() for stage in run.stages.values() for p in stage.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
+            alive.append(tensor)
+        return tensor
+
+    alive: list[Tensor] = []
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        train_step(run, batches_of(case, run.mesh, 0), learning_rate=1e-2)
+    return sum(found.values())
 
 
 def test_small_buckets_are_more_messages() -> None:

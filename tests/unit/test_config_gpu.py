@@ -32,6 +32,10 @@ def float8(**changes: Any) -> dict[str, Any]:
             "model.float8: tensorwise with tp_recompute_allgather is not built yet; set that to false",
         ),
         (
+            {"parallelism__recompute_layer": "activation"},
+            "model.float8: tensorwise with recompute_layer activation is not built yet; use selective, or false",
+        ),
+        (
             {"model__model_config__hidden_size": 72, "model__model_config__num_key_value_heads": 4},
             "model.float8: the model's width of 72 is not a multiple of 16 x tp=1",
         ),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pentode import device as devices
@@ -29,8 +30,17 @@ WIDE, TALL = TILES[1], TILES[0]
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The warnings, where a package in the real one's place is installed on what passes for a GPU of Hopper's."""
     warnings: list[str] = []
-    config, interface = ModuleType("quack.gemm_config"), ModuleType("quack.gemm_interface")
+    names = ("gemm_config", "gemm_interface", "cross_entropy", "activation", "epilogue", "epilogue.frontend")
+    quack = {name: ModuleType(f"quack.{name}") for name in names}
+    config, interface, loss, activation, _, frontend = quack.values()
     vars(config).update(GemmConfig=lambda **numbers: numbers)
+    vars(loss).update(cross_entropy_fwd_out=fused.cross_entropy)
+    vars(activation).update(dgate_fn_map={"swiglu": None})
+    vars(frontend).update(
+        gemm_epilogue=lambda mode: lambda function: lambda A, B, C, *, out, tuned, config, dynamic_scheduler: function,
+        pack=None,
+        unpack=None,
+    )
     vars(interface).update(
         gemm_act=lambda A, B, *, activation, tuned, config, concat_layout: None,
         gemm_dact=lambda A, B, PreAct, *, activation, tuned, config, dynamic_scheduler: None,
@@ -39,8 +49,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
     )
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
-    monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
-    monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
+    for name, module in quack.items():
+        monkeypatch.setitem(sys.modules, f"quack.{name}", module)
+    monkeypatch.delitem(sys.modules, "pentode.ops.fused_epilogue", raising=False)
     monkeypatch.setattr(fused_products.PACKAGE, "loaded", {})
     monkeypatch.setattr(fused_products, "LARGE", T * K * F)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
@@ -121,12 +132,15 @@ def test_a_package_that_lacks_a_part_leaves_it_to_torch(
         ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, C=None, *, config: None)),
         ("gemm_tuned", SimpleNamespace(fn=lambda A, B, out, C=None, *, config, add_to_output, concat_layout: None)),
         ("gemm_tuned", lambda A, B, out, C=None, *, alpha, config, add_to_output=False, concat_layout=(): None),
+        ("cross_entropy_fwd_out", lambda x, target, loss, lse: None),
+        ("gemm_epilogue", lambda mode: lambda function: lambda A, B, C, *, out: None),
     ],
 )
 def test_another_version_that_takes_other_arguments_leaves_it_to_torch(
     told: list[str], monkeypatch: pytest.MonkeyPatch, name: str, other: object
 ) -> None:
-    monkeypatch.setattr(sys.modules["quack.gemm_interface"], name, other)
+    where = {"cross_entropy_fwd_out": "cross_entropy", "gemm_epilogue": "epilogue.frontend"}.get(name, "gemm_interface")
+    monkeypatch.setattr(sys.modules[f"quack.{where}"], name, other)
     assert not fused_products.serves(*operands())
     assert len(told) == 1
 
@@ -155,9 +169,10 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
-def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, recompute: bool) -> None:
+def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, recompute: bool, again: bool) -> None:
     x, gate_up, down = drawn(T, K, seed=0), drawn(2 * F, K, seed=1) / 6, drawn(K, F, seed=2) / 6
     leaves = [t.requires_grad_() for t in (x, gate_up, down, drawn(T, K, seed=5))]
     stream, grads = leaves[3], (drawn(T, K, seed=3), drawn(T, K, seed=4))
@@ -169,10 +184,10 @@ def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, rec
         for grad in grads:  # two micro-batches
             operands = leaves[:3]
             if recompute:
-                y = checkpoint(swiglu_layer, *operands, onto=stream, use_reentrant=False)
+                y = checkpoint(swiglu_layer, *operands, onto=stream, again=again, use_reentrant=False)
                 assert y is not None
             else:
-                y = swiglu_layer(*operands, onto=stream)
+                y = swiglu_layer(*operands, onto=stream, again=again)
             torch.testing.assert_close(y, want)
             y.backward(grad)
     torch.testing.assert_close(x.grad, want_x)
@@ -181,6 +196,29 @@ def test_a_layer_has_autograds_gradients_in_sums_or_given_back(summed: bool, rec
         assert (weight.grad is None) == summed
         torch.testing.assert_close(weight.grad if total is None else total, right)
     assert calls.count("product added") == (2 if summed else 0)
+    assert [calls.count(name) for name in ("gated_backward", "gated_gradient")] == ([2, 0] if again else [0, 2])
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    x, gate_up, down = drawn(T, K, seed=0), drawn(2 * F, K, seed=1), drawn(K, F, seed=2).requires_grad_()
+    kept: list[list[tuple[int, ...]]] = []
+    for again in (False, True):
+        kept.append([])
+        with fused.served([]), saved_tensors_hooks(lambda t: kept[-1].append(tuple(t.shape)) or t, lambda t: t):
+            swiglu_layer(x, gate_up, down, onto=x, again=again)
+    assert kept[0] == [*kept[1], (T, F)]
+
+
+@pytest.mark.usefixtures("told")
+def test_a_loss_over_long_rows_in_bfloat16_is_for_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_products, "LONG", 40)
+    logits = torch.zeros(3, 40, dtype=torch.bfloat16)
+    assert fused_products.serves_loss(logits)
+    assert not fused_products.serves_loss(logits[:, 1:])
+    assert not fused_products.serves_loss(logits.float())
+    for left_out in (devices.without_kernels, fused_products.left_out):
+        with left_out():
+            assert not fused_products.serves_loss(logits)
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -231,10 +269,11 @@ def test_a_scaled_gradient_on_a_gpu_is_the_formulas(T: int, N: int, K: int) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize(("T", "K", "F"), [(512, 256, 384), (1000, 4096, 776), (264, 136, 200)])
 def test_a_layer_on_a_gpu_is_the_formulas(
-    T: int, K: int, F: int, summed: bool, monkeypatch: pytest.MonkeyPatch
+    T: int, K: int, F: int, summed: bool, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda", 0)
     if not fused_products.PACKAGE.is_usable(device):
@@ -254,7 +293,7 @@ def test_a_layer_on_a_gpu_is_the_formulas(
     assert is_fused(*narrow[:2])
     y = stream
     for _ in range(2):
-        y = swiglu_layer(*narrow, onto=stream)
+        y = swiglu_layer(*narrow, onto=stream, again=again)
         y.backward(grad)
     torch.testing.assert_close(y.double(), want_y, rtol=2e-2, atol=2e-2)
     found = [narrow[0].grad, *(totals if summed else (t.grad for t in narrow[1:]))]

@@ -55,6 +55,7 @@ def test_a_llama_trains_without_the_compiler(tmp_path: Path) -> None:
         ({"model__model_config": LLAMA | {"hidden_act": "gelu"}}, True),
         ({"model__activation_budget": 0.5}, True),
         ({"parallelism__recompute_layer": "selective"}, True),
+        ({"parallelism__recompute_layer": "activation"}, False),
         ({"parallelism__tp": 2}, True),
         ({"model__float8": "tensorwise", "model__model_config": LLAMA | {"intermediate_size": 64}}, True),
     ],

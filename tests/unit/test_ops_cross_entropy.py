@@ -1,12 +1,16 @@
 """The passes of the cross-entropy to be compiled are the plain ones, compiled or not, and both are torch's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pentode.ops import fused_products
 from pentode.ops.cross_entropy import PLAIN, TO_COMPILE, Passes
+from tests.helpers.fused import PLAIN as PACKAGE_IN_PLAIN
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -129,11 +133,47 @@ def test_the_kernel_does_both_passes_as_the_plain_ones_would(
     n = 1 + 2 * torch.cuda.get_device_properties(kernels).multi_processor_count if kernels.type == "cuda" else 17
     logits, *_, row = (t.to(kernels) for t in inputs(n, rows, held, dtype=dtype))  # one more than there are programs
     weight = (torch.arange(n, device=kernels) % 3 != 0).float()
+    labels = row.where(weight > 0, -100)
     top, total = PLAIN.statistics(logits, held)
     want_log = total.log() + top
     want, got = logits.clone(), logits.clone()
     PLAIN.gradient_(want, held, want_log, weight * (1 + 2 * z_loss * want_log), weight, row)
-    torch.testing.assert_close(whole_(got, held, row, weight, z_loss), want_log)
+    torch.testing.assert_close(whole_(got, held, labels, -100, z_loss), want_log)
     torch.testing.assert_close(got, want)
     logits[3, held // 2] = torch.nan
-    assert whole_(logits, held, row, weight, z_loss).isnan().nonzero().flatten().tolist() == [3]
+    assert whole_(logits, held, labels, -100, z_loss).isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_the_package_makes_a_long_row_s_gradient_unless_part_of_it_is_padding(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with quack-kernels, by it; elsewhere by what the tests have in its place."""
+    from pentode.ops.cross_entropy_kernel import whole_
+
+    calls: list[int] = []
+    device = torch.zeros(0, device=kernels).device
+    real = device.type == "cuda"
+    if real and not fused_products.PACKAGE.is_usable(device):
+        pytest.skip("quack-kernels is not installed, or not for this GPU")
+    functions = fused_products.PACKAGE.on(device) if real else PACKAGE_IN_PLAIN
+
+    def cross_entropy(*arguments: Any) -> None:
+        calls.append(1)
+        functions.cross_entropy(*arguments)
+
+    monkeypatch.setitem(fused_products.PACKAGE.loaded, device.index, functions._replace(cross_entropy=cross_entropy))
+    n, V = 9, fused_products.LONG + 8
+    logits, *_, row = (t.to(device) for t in inputs(n, V, V, dtype=torch.bfloat16))
+    labels = row.where(torch.arange(n, device=device) % 3 != 0, -100)
+    for held, z_loss, called in ((V, 0.0, 1), (V - 3, 0.0, 0), (V, 0.1, 0)):
+        want, got = logits.clone(), logits.clone()
+        want_log = PLAIN.statistics(logits, held)[1].log() + PLAIN.statistics(logits, held)[0]
+        weight = (labels >= 0).float()
+        PLAIN.gradient_(want, held, want_log, weight * (1 + 2 * z_loss * want_log), weight, row)
+        calls.clear()
+        torch.testing.assert_close(whole_(got, held, labels, -100, z_loss), want_log)
+        torch.testing.assert_close(got, want)
+        assert len(calls) == called
+    logits[4, 5] = torch.nan
+    assert whole_(logits, V, labels, -100, 0.0).isnan().nonzero().flatten().tolist() == [4]
+    assert logits.isnan().any(dim=1).nonzero().flatten().tolist() == [4]
