@@ -2,8 +2,10 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from threading import Lock
+from functools import wraps
+from threading import Lock, get_ident
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ class KernelPackage(Generic[F]):
     functions    imports it, and gives what is used of it; raises where that is missing or takes other arguments
     does         what it does, and `instead`, who does where it is installed but cannot: for the log
     loaded       by the device's number; None where it is not usable
+    coming       likewise, what a thread is loading
     """
 
     def __init__(
@@ -33,11 +36,18 @@ class KernelPackage(Generic[F]):
         self.name, self.generations, self.functions = name, generations, functions
         self.does, self.instead = does, instead
         self.loaded: dict[int | None, F | None] = {}
+        self.coming: dict[int | None, Future[F | None]] = {}
+
+    def load_in(self, threads: Executor, device: torch.device) -> None:
+        """Have a thread load it for this GPU. Who asks whether it is usable before it is there waits."""
+        if device.index not in self.loaded and device.index not in self.coming:
+            self.coming[device.index] = threads.submit(self._load, device)
 
     def is_usable(self, device: torch.device) -> bool:
         """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
         if device.index not in self.loaded and not torch.compiler.is_compiling():
-            self.loaded[device.index] = self._load(device)
+            coming = self.coming.pop(device.index, None)
+            self.loaded[device.index] = self._load(device) if coming is None else coming.result()
         return self.is_loaded(device)
 
     def is_loaded(self, device: torch.device) -> bool:
@@ -74,17 +84,27 @@ def undecorated() -> Iterator[None]:
     """Leave functions of modules imported meanwhile as they are where those mark them for torch's compiler.
 
     The marks would import it, most of what flash-attn-4 and quack-kernels take to import (docs/performance.md). What
-    is used of such a package here is called by operators that the compiler does not look into. What another thread
-    marks meanwhile stays as it is, too.
+    is used of such a package here is called by operators that the compiler does not look into. Another thread marks
+    and compiles meanwhile as ever.
     """
     with MARKS:
         before = torch.compile, torch.compiler.disable
-        setattr(torch, "compile", _unmarked)  # noqa: B010
-        setattr(torch.compiler, "disable", _unmarked)  # noqa: B010
+        setattr(torch, "compile", _in_this_thread(_unmarked, otherwise=before[0]))  # noqa: B010
+        setattr(torch.compiler, "disable", _in_this_thread(_unmarked, otherwise=before[1]))  # noqa: B010
         try:
             yield
         finally:
             torch.compile, torch.compiler.disable = before
+
+
+def _in_this_thread(mark: Callable[..., Any], *, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    here = get_ident()
+
+    @wraps(mark)
+    def chosen(*given: Any, **options: Any) -> Any:
+        return (mark if get_ident() == here else otherwise)(*given, **options)
+
+    return chosen
 
 
 def _unmarked(

@@ -105,11 +105,16 @@ def prepare_blocks(models: Iterable[CausalLM], config: Config, *, device: torch.
 
 def _load_attention(config: Config, device: torch.device) -> None:
     """Have the kernels at hand that attention of this size is done by: what is being compiled cannot import them."""
+    if devices.is_gpu(device) and attends_long(config):
+        flash.PACKAGE.is_usable(device)
+
+
+def attends_long(config: Config) -> bool:
+    """Whether the model's attention is large enough for FlashAttention-4."""
     shape, tokens = config.model.model_config, config.tokens
     longest = max([tokens.sequence_length, *(stage.sequence_length or 0 for stage in config.data_stages)])
     scores = tokens.micro_batch_size * shape.heads // config.parallelism.tp * longest**2
-    if devices.is_gpu(device) and scores * shape.head_dim >= flash.LARGE:
-        flash.PACKAGE.is_usable(device)
+    return scores * shape.head_dim >= flash.LARGE
 
 
 def _keeping(budget: float, block: Callable[P, Tensor]) -> Callable[P, Tensor]:

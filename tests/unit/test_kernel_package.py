@@ -5,13 +5,14 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from pentode import device as devices
-from pentode.ops.kernel_package import KernelPackage
+from pentode.ops.kernel_package import KernelPackage, undecorated
 from tests.helpers.source import ROOT
 
 HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -128,6 +129,15 @@ def test_functions_that_a_package_marks_for_the_compiler_do_not_import_it(tmp_pa
     paths = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", IMPORTS], env=paths, capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_another_thread_marks_meanwhile_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic: ("compiled", model, dynamic))
+    monkeypatch.setattr(torch.compiler, "disable", lambda fn=None, recursive=True: ("disabled", fn, recursive))
+    with undecorated(), ThreadPoolExecutor(1) as others:
+        assert torch.compile(3, dynamic=True) == torch.compiler.disable(fn=3) == 3
+        assert others.submit(lambda: torch.compile(3, dynamic=True)).result() == ("compiled", 3, True)
+        assert others.submit(lambda: torch.compiler.disable(recursive=False)).result() == ("disabled", None, False)
 
 
 def test_a_package_is_imported_with_its_functions_as_they_are(told: Told) -> None:

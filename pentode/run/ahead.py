@@ -1,0 +1,46 @@
+"""What a run's first step needs of packages of kernels, loaded in threads while its model is built."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pentode import device as devices
+from pentode.config.schema import Config
+from pentode.ops import flash, fused_products
+from pentode.ops.kernel_package import KernelPackage
+from pentode.run import compiled
+
+
+def load_ahead(config: Config, device: torch.device) -> None:
+    """Begin to load, on a GPU, what blocks that are not compiled will ask for.
+
+    Imports wait for the driver, and it for them; of Triton's key, a hash of its library of some hundred megabytes, all
+    can go on beside other work.
+    """
+    if not devices.is_gpu(device) or config.model.compile == "off" or compiled.is_wanted(config, device):
+        return
+    threads = ThreadPoolExecutor(2, thread_name_prefix="load-ahead", initializer=devices.use, initargs=(device,))
+    threads.submit(_compute_tritons_key)
+    for package in packages(config):
+        package.load_in(threads, device)
+    threads.shutdown(wait=False)
+
+
+def packages(config: Config) -> list[KernelPackage[Any]]:
+    """Those for which something in this model is large enough."""
+    if config.model.dtype != "bfloat16":
+        return []
+    shape, tokens = config.model.model_config, config.tokens
+    product = tokens.micro_batch_size * tokens.sequence_length * shape.width * shape.ffn_width // config.parallelism.tp
+    large = [(fused_products.PACKAGE, product >= fused_products.LARGE), (flash.PACKAGE, compiled.attends_long(config))]
+    return [package for package, is_large in large if is_large]
+
+
+def _compute_tritons_key() -> None:
+    """Triton keeps it: it is a part of the names of all kernels that it has on disk."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # no Triton, or a version that has none: it says so itself where it is needed
+        return
+    triton_key()
