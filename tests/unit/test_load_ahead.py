@@ -15,6 +15,7 @@ from pentode.config.schema import Config
 from pentode.ops import flash, fused_products
 from pentode.run import ahead
 from pentode.run.ahead import load_ahead, packages
+from pentode.train.start import start
 from tests.helpers.tiny import tiny_yaml
 
 GPU = torch.device("cuda", 0)
@@ -97,6 +98,15 @@ def test_nothing_is_loaded_for_blocks_that_do_not_ask(
     assert not flash.PACKAGE.coming
     assert not fused_products.PACKAGE.coming
     assert threads == []
+
+
+def test_a_run_begins_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "pentode.train.start.load_ahead", lambda config, device: seen.append((config.general.run, device.type))
+    )
+    start(load_config(tiny_yaml(tmp_path, tokens__train_steps=1)))
+    assert seen == [("tiny", "cpu")]
 
 
 def test_tritons_key_is_computed_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,22 @@ def test_loss_and_gradients_are_cross_entropy_s(
         torch.testing.assert_close(vocab_loss(x, weight, labels, vocab=ONE, z_loss=z_loss), want)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [V, 32])
+def test_the_kernels_loss_and_gradients_are_cross_entropy_s(kernels: torch.device, z_loss: float, rows: int) -> None:
+    from pentode.ops.cross_entropy_kernel import PASSES
+
+    leaves = inputs(torch.float32, rows=rows)
+    want = reference(*leaves, z_loss=z_loss)
+    want_grads = torch.autograd.grad(want, leaves[:2])
+    x, weight, labels = (t.detach().to(kernels) for t in leaves)
+    x.requires_grad_(), weight.requires_grad_()
+    got = vocab_loss(x, weight, labels, vocab=ONE._replace(passes=PASSES), z_loss=z_loss)
+    torch.testing.assert_close(got.cpu(), want)
+    for grad, right in zip(torch.autograd.grad(got, (x, weight)), want_grads, strict=True):
+        torch.testing.assert_close(grad.cpu(), right, rtol=1e-4, atol=1e-4)
+
+
 def test_slices_cover_all_tokens_evenly_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "SLICE_BYTES", 1000)
     for tokens, each, count in ((1, 8, 1), (50, 184, 10), (1000, 10, 11), (7, 5000, 7), (90, 40, 4)):
