@@ -30,6 +30,7 @@ BACKWARD_OF_NARROW = (128, 128, 1, 2, True)  # where SwiGLU again and the rest t
 NARROW = 4096  # input features below which a product is short
 TILES = ((256, 128, 1, 2, False), (256, 192, 2, 1, False))  # of products that nothing follows
 LONG = 65536  # entries of a vocabulary: a row does not stay in the cache until a kernel of ours needs it again
+LONGEST = 131072  # what the largest group of multiprocessors holds that was tried, of 8
 _LEFT_OUT = ContextVar("left_out", default=False)
 
 
@@ -181,7 +182,8 @@ def serves_loss(logits: Tensor) -> bool:
     """Whether `cross_entropy_` is to go over logits [n, V]."""
     if not devices.runs_kernels(logits) or _LEFT_OUT.get() or logits.dtype != torch.bfloat16:
         return False
-    return logits.shape[1] >= LONG and PACKAGE.is_usable(logits.device)
+    V = logits.shape[1]
+    return LONG <= V <= LONGEST and V % MULTIPLE == 0 and PACKAGE.is_usable(logits.device)
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:

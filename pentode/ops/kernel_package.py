@@ -46,7 +46,7 @@ class KernelPackage(Generic[F]):
     def is_usable(self, device: torch.device) -> bool:
         """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
         if device.index not in self.loaded and not torch.compiler.is_compiling():
-            coming = self.coming.pop(device.index, None)
+            coming = self.coming.get(device.index)
             self.loaded[device.index] = self._load(device) if coming is None else coming.result()
         return self.is_loaded(device)
 
