@@ -40,15 +40,20 @@ class KernelPackage(Generic[F]):
 
     def load_in(self, threads: Executor, device: torch.device) -> None:
         """Have a thread load it for this GPU. Who asks whether it is usable before it is there waits."""
-        if device.index not in self.loaded and device.index not in self.coming:
+        if device.index not in self.loaded and self._coming_on(device) is None:
             self.coming[device.index] = threads.submit(self._load, device)
 
     def is_usable(self, device: torch.device) -> bool:
         """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
         if device.index not in self.loaded and not torch.compiler.is_compiling():
-            coming = self.coming.get(device.index)
+            coming = self._coming_on(device)
             self.loaded[device.index] = self._load(device) if coming is None else coming.result()
         return self.is_loaded(device)
+
+    def _coming_on(self, device: torch.device) -> Future[F | None] | None:
+        """What a thread is loading or has loaded for this GPU; None where it will not."""
+        coming = self.coming.get(device.index)
+        return None if coming is None or coming.cancelled() else coming
 
     def is_loaded(self, device: torch.device) -> bool:
         """Whether something was large enough for it on this GPU, and it is usable."""

@@ -1,6 +1,8 @@
 """What a run's first step needs of packages of kernels, loaded in threads while its model is built."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,19 +14,25 @@ from pentode.ops.kernel_package import KernelPackage
 from pentode.run import compiled
 
 
-def load_ahead(config: Config, device: torch.device) -> None:
-    """Begin to load, on a GPU, what blocks that are not compiled will ask for.
+@contextmanager
+def loading_ahead(config: Config, device: torch.device) -> Iterator[None]:
+    """Begin to load, on a GPU, what blocks that are not compiled will ask for; when left, begin no more of it.
 
     Imports wait for the driver, and it for them; of Triton's key, a hash of its library of some hundred megabytes, all
-    can go on beside other work.
+    can go on beside other work. Nothing is left to be imported while Python ends, which would fail.
     """
     if not devices.is_gpu(device) or config.model.compile == "off" or compiled.is_wanted(config, device):
+        yield
         return
     threads = ThreadPoolExecutor(2, thread_name_prefix="load-ahead", initializer=devices.use, initargs=(device,))
     threads.submit(_compute_tritons_key)
     for package in packages(config):
         package.load_in(threads, device)
-    threads.shutdown(wait=False)
+    threads.shutdown(wait=False)  # when all is done they end
+    try:
+        yield
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def packages(config: Config) -> list[KernelPackage[Any]]:

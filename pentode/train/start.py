@@ -26,7 +26,7 @@ from pentode.errors import CheckpointError, ConfigError, Interrupted, PentodeErr
 from pentode.metrics.jsonl import NAME as METRICS
 from pentode.metrics.sinks import Sinks, open_sinks
 from pentode.run.agree import check_agreement
-from pentode.run.ahead import load_ahead
+from pentode.run.ahead import loading_ahead
 from pentode.run.build import Run, build, initialise_weights
 from pentode.train.copies import Copies, Place, borrow, give_back
 from pentode.train.loop import train
@@ -63,6 +63,7 @@ def start(
         joined.callback(launch.disconnect)
         joined.enter_context(heard_by_others(store, rank=here.rank))
         device = _join(config, here, store)
+        joined.enter_context(loading_ahead(config, device))
         root, world = config.checkpoints.folder, everyone()
         try:
             check_agreement(config, world)  # before anything is touched, and before groups that a layout decides
@@ -100,7 +101,6 @@ def _join(config: Config, here: launch.World, store: Store | None) -> torch.devi
         level=config.logging.log_level,
         replica_level=config.logging.log_level_replica,
     )
-    load_ahead(config, device)
     launch.connect(here, backend=devices.backend(device), device=device, store=store)
     return device
 

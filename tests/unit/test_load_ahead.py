@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pentode import device as devices
 from pentode.config.load import load_config
 from pentode.config.schema import Config
 from pentode.ops import flash, fused_products
+from pentode.ops.kernel_package import KernelPackage
 from pentode.run import ahead
-from pentode.run.ahead import load_ahead, packages
+from pentode.run.ahead import loading_ahead, packages
 from pentode.train.start import start
 from tests.helpers.tiny import tiny_yaml
 
@@ -75,15 +77,46 @@ def test_packages_are_those_for_which_something_is_large(
 
 
 def test_they_are_loaded_once_in_a_thread_and_waited_for(config: Callable[..., Config], threads: list[str]) -> None:
-    load_ahead(config(), GPU)
-    for package in (flash.PACKAGE, fused_products.PACKAGE):
-        assert package.is_usable(GPU)
-        assert package.on(GPU) == "functions"
-    assert len(threads) == 2
-    assert all(name.startswith("load-ahead") for name in threads)
-    load_ahead(config(), GPU)
-    assert all(package.is_usable(GPU) for package in (flash.PACKAGE, fused_products.PACKAGE))
-    assert len(threads) == 2
+    for _ in range(2):
+        with loading_ahead(config(), GPU):
+            for package in (flash.PACKAGE, fused_products.PACKAGE):
+                assert package.is_usable(GPU)
+                assert package.on(GPU) == "functions"
+        assert len(threads) == 2
+        assert all(name.startswith("load-ahead") for name in threads)
+
+
+def test_a_run_that_ends_early_leaves_nothing_to_be_loaded(
+    config: Callable[..., Config], threads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Barrier(3), threading.Event()
+
+    def load(package: object, device: torch.device) -> str:
+        begun.wait(60)
+        may_end.wait(60)
+        threads.append(threading.current_thread().name)
+        return "functions"
+
+    third = KernelPackage("third", generations=(9,), functions=int, does="Sums", instead="torch adds")
+    monkeypatch.setattr("pentode.ops.kernel_package.KernelPackage._load", load)
+    monkeypatch.setattr(ahead, "_compute_tritons_key", lambda: None)
+    monkeypatch.setattr(ahead, "packages", lambda config: [flash.PACKAGE, fused_products.PACKAGE, third])
+
+    def leave_early() -> None:
+        with loading_ahead(config(), GPU):
+            begun.wait(60)  # two are being loaded, and there is no thread for the third
+            third.coming[0].add_done_callback(lambda _: may_end.set())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave_early()
+    assert len(threads) == 2, "what had begun was waited for"
+    assert third.coming[0].cancelled()
+    monkeypatch.setattr("pentode.ops.kernel_package.KernelPackage._load", lambda package, device: "later")
+    assert third.is_usable(GPU)
+    assert third.on(GPU) == "later"
+    assert flash.PACKAGE.is_usable(GPU)
+    assert flash.PACKAGE.on(GPU) == "functions"
 
 
 @pytest.mark.parametrize(
@@ -94,19 +127,25 @@ def test_they_are_loaded_once_in_a_thread_and_waited_for(config: Callable[..., C
 def test_nothing_is_loaded_for_blocks_that_do_not_ask(
     config: Callable[..., Config], threads: list[str], changes: dict[str, Any]
 ) -> None:
-    load_ahead(config(**changes), torch.device("cpu") if "general__device" in changes else GPU)
+    with loading_ahead(config(**changes), torch.device("cpu") if "general__device" in changes else GPU):
+        pass
     assert not flash.PACKAGE.coming
     assert not fused_products.PACKAGE.coming
     assert threads == []
 
 
 def test_a_run_begins_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        "pentode.train.start.load_ahead", lambda config, device: seen.append((config.general.run, device.type))
-    )
+    seen: list[str] = []
+
+    @contextmanager
+    def noted(config: Config, device: torch.device) -> Iterator[None]:
+        seen.append(f"{config.general.run} on {device}")
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr("pentode.train.start.loading_ahead", noted)
     start(load_config(tiny_yaml(tmp_path, tokens__train_steps=1)))
-    assert seen == [("tiny", "cpu")]
+    assert seen == ["tiny on cpu", "left"]
 
 
 def test_tritons_key_is_computed_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
