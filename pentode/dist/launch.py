@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -214,6 +216,26 @@ def _ended_by(rank: int, number: int) -> str:
     return f"rank {rank} was ended by {name}{why}; the same command goes on from the newest checkpoint"
 
 
+@contextmanager
+def _usr1_passed_on() -> Iterator[None]:
+    """SIGUSR1, of which torch's launcher knows nothing, ends it as its own signals do: the first asks all processes to.
+
+    Another adds nothing: raised while the launcher waits for them, it would end it before they have saved.
+    """
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if not asked:
+            asked.append(number)
+            raise SignalException("SIGUSR1", sigval=signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def start_local(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m pentode ARGUMENTS` in `processes` local processes, with torch's elastic launcher.
 
@@ -232,7 +254,8 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "pentode", *arguments)
+        with _usr1_passed_on():
+            elastic_launch(config, sys.executable)("-m", "pentode", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself

@@ -189,7 +189,7 @@ def serves_loss(logits: Tensor) -> bool:
 def cross_entropy_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
     """The log of each row's total [n], float32; in place, logits [n, V] become its gradient, less 1 at the label.
 
-    Rows whose label [n] is `ignore` become zero.
+    Rows whose label [n] is `ignore` become zero, where they are finite.
     """
     log_total, loss = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
     PACKAGE.on(logits.device).cross_entropy(logits, labels, None, loss, log_total, logits, None, ignore)

@@ -4,7 +4,6 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from functools import wraps
 from threading import Lock, get_ident
 from typing import Any, Generic, TypeVar
 
@@ -41,7 +40,7 @@ class KernelPackage(Generic[F]):
     def load_in(self, threads: Executor, device: torch.device) -> None:
         """Have a thread load it for this GPU. Who asks whether it is usable before it is there waits."""
         if device.index not in self.loaded and self._coming_on(device) is None:
-            self.coming[device.index] = threads.submit(self._load, device)
+            self.coming[device.index] = threads.submit(self._load_beside, device)
 
     def is_usable(self, device: torch.device) -> bool:
         """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
@@ -64,6 +63,10 @@ class KernelPackage(Generic[F]):
         found = self.loaded[device.index]
         assert found is not None, f"{self.name} is not usable here"
         return found
+
+    def _load_beside(self, device: torch.device) -> F | None:
+        devices.use(device)  # what an import may ask of a GPU is not asked of another rank's
+        return self._load(device)
 
     def _load(self, device: torch.device) -> F | None:
         if devices.generation(device) not in self.generations:
@@ -103,20 +106,19 @@ def undecorated() -> Iterator[None]:
 
 
 def _in_this_thread(mark: Callable[..., Any], *, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """`mark` in this thread, another in others.
+
+    quack-kernels looks for `recompile_limit`, and where there is none it sets the compiler's configuration.
+    """
     here = get_ident()
 
-    @wraps(mark)
-    def chosen(*given: Any, **options: Any) -> Any:
-        return (mark if get_ident() == here else otherwise)(*given, **options)
+    def chosen(*given: Any, recompile_limit: int | None = None, **options: Any) -> Any:
+        limit = {} if recompile_limit is None else {"recompile_limit": recompile_limit}
+        return (mark if get_ident() == here else otherwise)(*given, **limit, **options)
 
     return chosen
 
 
-def _unmarked(
-    function: Any = None, *_: Any, model: Any = None, fn: Any = None, recompile_limit: int | None = None, **options: Any
-) -> Any:
-    """The function itself, by whatever name the mark has it; for one of options alone, what leaves it as it is.
-
-    quack-kernels looks for `recompile_limit`, and where there is none it sets the compiler's configuration.
-    """
+def _unmarked(function: Any = None, *_: Any, model: Any = None, fn: Any = None, **options: Any) -> Any:
+    """The function itself, by whatever name the mark has it; for one of options alone, what leaves it as it is."""
     return next((given for given in (function, model, fn) if given is not None), lambda later: later)

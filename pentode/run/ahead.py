@@ -24,7 +24,7 @@ def loading_ahead(config: Config, device: torch.device) -> Iterator[None]:
     if not devices.is_gpu(device) or config.model.compile == "off" or compiled.is_wanted(config, device):
         yield
         return
-    threads = ThreadPoolExecutor(2, thread_name_prefix="load-ahead", initializer=devices.use, initargs=(device,))
+    threads = ThreadPoolExecutor(2, thread_name_prefix="load-ahead")
     threads.submit(_compute_tritons_key)
     for package in packages(config):
         package.load_in(threads, device)
@@ -46,7 +46,7 @@ def packages(config: Config) -> list[KernelPackage[Any]]:
 
 
 def _compute_tritons_key() -> None:
-    """Triton keeps it: it is a part of the names of all kernels that it has on disk."""
+    """Triton keeps it: it is a part of the names of all kernels that it has on disk. What fails here does so there."""
     try:
         from triton.runtime.cache import triton_key
     except ImportError:  # no Triton, or a version that has none: it says so itself where it is needed

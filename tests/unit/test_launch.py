@@ -1,11 +1,13 @@
 """Which process this is, from torchrun's or Slurm's variables; and joining the others with Slurm's alone."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pentode.dist import launch
@@ -178,6 +180,26 @@ def test_a_rank_that_a_signal_ended_is_named(
     printed = capsys.readouterr().err
     assert printed.startswith(said)
     assert printed.count("\n") == (1 if said else 0)
+
+
+def test_a_second_sigusr1_does_not_end_the_launcher_before_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on: list[int] = []
+
+    def launched(*_: str) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except SignalException as stopped:  # as torch's does
+            passed_on.append(stopped.sigval)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            passed_on.append(0)  # all have ended
+            raise
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: launched)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert start_local(2, []) == 75
+    assert passed_on == [signal.SIGUSR1, 0]
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 JOIN = """
