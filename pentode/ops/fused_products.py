@@ -179,11 +179,11 @@ def add_weight_gradient(grad: Tensor, x: Tensor, found: GradientSum, scale: Tens
 
 
 def serves_loss(logits: Tensor) -> bool:
-    """Whether `cross_entropy_` is to go over logits [n, V]."""
+    """Whether `cross_entropy_` is to go over logits [n, V]: where the package is there for products."""
     if not devices.runs_kernels(logits) or _LEFT_OUT.get() or logits.dtype != torch.bfloat16:
         return False
     V = logits.shape[1]
-    return LONG <= V <= LONGEST and V % MULTIPLE == 0 and PACKAGE.is_usable(logits.device)
+    return LONG <= V <= LONGEST and V % MULTIPLE == 0 and PACKAGE.is_loaded(logits.device)
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:

@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import Lock, current_thread
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -39,14 +39,17 @@ class KernelPackage(Generic[F]):
 
     def load_in(self, threads: Executor, device: torch.device) -> None:
         """Have a thread load it for this GPU. Who asks whether it is usable before it is there waits."""
-        if device.index not in self.loaded and self._coming_on(device) is None:
-            self.coming[device.index] = threads.submit(self._load_beside, device)
+        if device.index in self.loaded or self._coming_on(device) is not None or self._version(device) is None:
+            return
+        keep_in_home()  # here: what threads write to the environment others may be reading
+        self.coming[device.index] = threads.submit(self._load_beside, device)
 
     def is_usable(self, device: torch.device) -> bool:
         """Whether it is installed, works, and is for this GPU. What torch compiles knows it if it was asked before."""
         if device.index not in self.loaded and not torch.compiler.is_compiling():
             coming = self._coming_on(device)
-            self.loaded[device.index] = self._load(device) if coming is None else coming.result()
+            with uncollected():
+                self.loaded[device.index] = self._load(device) if coming is None else coming.result()
         return self.is_loaded(device)
 
     def _coming_on(self, device: torch.device) -> Future[F | None] | None:
@@ -68,16 +71,22 @@ class KernelPackage(Generic[F]):
         devices.use(device)  # what an import may ask of a GPU is not asked of another rank's
         return self._load(device)
 
-    def _load(self, device: torch.device) -> F | None:
+    def _version(self, device: torch.device) -> str | None:
+        """Which one is installed; None where none is, or it is not for this GPU."""
         if devices.generation(device) not in self.generations:
             return None
         try:
-            version = importlib.metadata.version(self.name)
+            return importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def _load(self, device: torch.device) -> F | None:
+        version = self._version(device)
+        if version is None:
             return None
         keep_in_home()
         try:
-            with undecorated(), uncollected():
+            with undecorated():
                 found = self.functions()
         except Exception as error:  # noqa: BLE001 - another version, or one whose parts do not go with each other
             why = f"{type(error).__name__}: {error}"
@@ -110,11 +119,11 @@ def _in_this_thread(mark: Callable[..., Any], *, otherwise: Callable[..., Any]) 
 
     quack-kernels looks for `recompile_limit`, and where there is none it sets the compiler's configuration.
     """
-    here = get_ident()
+    here = current_thread()
 
     def chosen(*given: Any, recompile_limit: int | None = None, **options: Any) -> Any:
         limit = {} if recompile_limit is None else {"recompile_limit": recompile_limit}
-        return (mark if get_ident() == here else otherwise)(*given, **limit, **options)
+        return (mark if current_thread() is here else otherwise)(*given, **limit, **options)
 
     return chosen
 

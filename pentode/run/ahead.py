@@ -18,8 +18,8 @@ from pentode.run import compiled
 def loading_ahead(config: Config, device: torch.device) -> Iterator[None]:
     """Begin to load, on a GPU, what blocks that are not compiled will ask for; when left, begin no more of it.
 
-    Imports wait for the driver, and it for them; of Triton's key, a hash of its library of some hundred megabytes, all
-    can go on beside other work. Nothing is left to be imported while Python ends, which would fail.
+    Python can import while the main thread is in a call of CUDA's, and hash Triton's library of some hundred megabytes
+    beside all else. Nothing is left to be imported while Python ends, which would fail.
     """
     if not devices.is_gpu(device) or config.model.compile == "off" or compiled.is_wanted(config, device):
         yield
@@ -40,7 +40,8 @@ def packages(config: Config) -> list[KernelPackage[Any]]:
     if config.model.dtype != "bfloat16":
         return []
     shape, tokens = config.model.model_config, config.tokens
-    product = tokens.micro_batch_size * tokens.sequence_length * shape.width * shape.ffn_width // config.parallelism.tp
+    widest = max(2 * shape.ffn_width, shape.vocab_size) // config.parallelism.tp  # gate and up, or the head
+    product = tokens.micro_batch_size * tokens.sequence_length * shape.width * widest
     large = [(fused_products.PACKAGE, product >= fused_products.LARGE), (flash.PACKAGE, compiled.attends_long(config))]
     return [package for package, is_large in large if is_large]
 

@@ -214,6 +214,8 @@ def test_a_loss_over_long_rows_in_bfloat16_is_for_the_package(monkeypatch: pytes
     monkeypatch.setattr(fused_products, "LONG", 32)
     monkeypatch.setattr(fused_products, "LONGEST", 40)
     logits = torch.zeros(3, 48, dtype=torch.bfloat16)
+    assert not fused_products.serves_loss(logits[:, :40]), "no product was large enough"
+    assert fused_products.PACKAGE.is_usable(logits.device)
     assert [V for V in range(49) if fused_products.serves_loss(logits[:, :V])] == [32, 40]
     logits = logits[:, :40]
     assert not fused_products.serves_loss(logits.float())

@@ -63,6 +63,23 @@ def test_it_is_imported_once_where_its_kernels_are_for_the_gpu(told: Told) -> No
         kernels.on(THERE)
 
 
+def test_a_thread_that_loads_leaves_the_collector_as_it_is(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[bool] = []
+    monkeypatch.setattr(devices, "use", lambda device: None)
+    kernels = KernelPackage(
+        "kernels",
+        generations=(9,),
+        functions=lambda: collected.append(gc.isenabled()),
+        does="Sums",
+        instead="torch adds",
+    )
+    with ThreadPoolExecutor(1) as threads:
+        kernels.load_in(threads, HERE)
+        kernels.load_in(threads, THERE)
+    assert collected == [True]
+    assert THERE.index not in kernels.coming, "it is not for that GPU"
+
+
 def test_what_is_being_compiled_imports_nothing(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = package(told)
     with monkeypatch.context() as compiling:

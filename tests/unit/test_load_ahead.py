@@ -52,6 +52,8 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "functions"
 
     monkeypatch.setattr("pentode.ops.kernel_package.KernelPackage._load", load)
+    monkeypatch.setattr("pentode.ops.kernel_package.KernelPackage._version", lambda package, device: "1.2")
+    monkeypatch.setattr("pentode.ops.kernel_package.keep_in_home", lambda: None)
     monkeypatch.setattr(devices, "use", lambda device: None)
     for package in (flash.PACKAGE, fused_products.PACKAGE):
         monkeypatch.setattr(package, "loaded", {})
@@ -64,6 +66,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         ({}, ["quack-kernels", "flash-attn-4"]),
         ({"tokens__sequence_length": 512}, ["quack-kernels"]),
+        ({"model__model_config__vocab_size": 128256, "tokens__sequence_length": 64}, ["quack-kernels"]),
         ({"model__model_config__intermediate_size": 64}, ["flash-attn-4"]),
         ({"model__model_config__intermediate_size": 64, "tokens__sequence_length": 512}, []),
         ({"model__dtype": "float32"}, []),
