@@ -66,6 +66,16 @@ def test_blocks_run_again_as_far_as_they_are_asked_to() -> None:
     assert plain["mm"] == activation["mm"] == selective["mm"] < whole["mm"]
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_activations_are_had_again_without_a_message_or_a_product(sequence_parallel: bool) -> None:
+    plain, _, _ = first_of(Case(LLAMA, tp=2, sequence_parallel=sequence_parallel))
+    again, _, _ = first_of(Case(LLAMA, tp=2, sequence_parallel=sequence_parallel, recompute="activation"))
+    for name in ("mm", "all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
+        assert again[name] == plain[name]
+    assert plain["reduce_scatter_tensor" if sequence_parallel else "all_reduce"]
+    assert again["silu"] == 2 * plain["silu"]
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_activations_to_compute_again_are_not_kept(model: str) -> None:
     problem = Problem(model=model)
